@@ -1,0 +1,106 @@
+"""From the trainer's offer to the receiver's manifest: the live model says which tensors it holds in FP8.
+
+Two traces decide. The first finds where each tensor lands and reads the element type there; the second runs with the
+tensors as they will travel, scales included, and its record is the plan. Every mismatch on any rank is collected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from receiver_plugin.binding import BindingPlan, Source, trace
+from shared.coverage import Box, uncovered
+from shared.buckets import DTYPE_NAMES, DTYPES
+from shared.errors import PlanError
+from shared.naming import scale_name
+from shared.numerics import scale_shape
+from shared.protocol import ManifestTensor, TensorSpec
+
+_FP8 = torch.float8_e4m3fn
+# A copy_ between these changes no value, so the live parameter equals what a checkpoint load would have left there.
+_EXACT_CASTS = {(torch.bfloat16, torch.float32), (torch.float16, torch.float32)}
+
+
+@dataclass(frozen=True)
+class RankFindings:
+    """What one rank found; exchanged between the ranks of a server, so plain data only."""
+
+    quantized: tuple[str, ...]
+    problems: tuple[str, ...]
+    used_boxes: dict[str, tuple[Box, ...]]
+
+
+def find_quantized(model: nn.Module, tensors: Sequence[TensorSpec]) -> frozenset[str]:
+    """The names of `tensors` whose destination on this rank is block FP8."""
+    probes = [Source(t.name, t.shape, _FP8 if _may_quantize(t) else DTYPES[t.dtype]) for t in tensors]
+    landed = trace(model, probes).destination_dtypes
+    return frozenset(name for name, dtype in landed.items() if dtype == _FP8)
+
+
+def plan_rank(model: nn.Module, tensors: Sequence[ManifestTensor]) -> tuple[BindingPlan, RankFindings]:
+    """Trace `tensors` as they will travel and name all that does not fit on this rank."""
+    sources = wire_sources(tensors)
+    plan = trace(model, sources)
+    problems = (*plan.problems, *cast_problems(sources, plan))
+    quantized = tuple(tensor.name for tensor in tensors if tensor.quantized)
+    return plan, RankFindings(quantized, problems, plan.used_boxes)
+
+
+def wire_sources(tensors: Sequence[ManifestTensor]) -> list[Source]:
+    """The tensors of the wire: a quantized weight is followed by its scale."""
+    sources: list[Source] = []
+    for tensor in tensors:
+        sources.append(Source(tensor.name, tensor.shape, DTYPES[tensor.dtype]))
+        if tensor.quantized:
+            rows, cols = tensor.shape
+            sources.append(Source(scale_name(tensor.name), scale_shape(rows, cols), torch.float32))
+    return sources
+
+
+def manifest_of(tensors: Sequence[TensorSpec], quantized: frozenset[str]) -> tuple[ManifestTensor, ...]:
+    """The offer with the server's decision on each tensor."""
+    return tuple(
+        ManifestTensor(name=t.name, shape=t.shape, dtype="float8_e4m3fn", quantized=True)
+        if t.name in quantized
+        else ManifestTensor(name=t.name, shape=t.shape, dtype=t.dtype, quantized=False)
+        for t in tensors
+    )
+
+
+def cast_problems(sources: Sequence[Source], plan: BindingPlan) -> list[str]:
+    """Copies that would change values: the loaders' own `copy_` casts in silence."""
+    problems = []
+    for source in sources:
+        landed = plan.destination_dtypes.get(source.name, source.dtype)
+        if landed != source.dtype and (source.dtype, landed) not in _EXACT_CASTS:
+            names = f"{DTYPE_NAMES.get(source.dtype, source.dtype)}, the server holds {DTYPE_NAMES.get(landed, landed)}"
+            problems.append(f"{source.name}: arrives as {names}")
+    return problems
+
+
+def unused_problems(sources: Sequence[Source], findings: Sequence[RankFindings]) -> list[str]:
+    """Sources, or parts of them, for which no rank of the server has a place."""
+    problems = []
+    for source in sources:
+        boxes = {box for rank in findings for box in rank.used_boxes.get(source.name, ())}
+        if not boxes:
+            problems.append(f"{source.name} {list(source.shape)}: the server has no place for it")
+        elif (left := uncovered(source.shape, boxes)) is not None:
+            part = ", ".join(f"{start}:{stop}" for start, stop in left)
+            problems.append(f"{source.name} {list(source.shape)}: the server has no place for its part [{part}]")
+    return problems
+
+
+def raise_problems(problems: Sequence[str], num_ranks: int) -> None:
+    """Raises: PlanError listing `problems` once each, or nothing if there are none."""
+    unique = tuple(dict.fromkeys(problems))
+    if unique:
+        raise PlanError(f"{len(unique)} tensor(s) do not fit the server's model ({num_ranks} rank(s))", unique)
+
+
+def _may_quantize(tensor: TensorSpec) -> bool:
+    return len(tensor.shape) == 2 and tensor.name.endswith(".weight")

@@ -1,0 +1,315 @@
+"""The receiver of one server rank: one state machine, driven by control messages, safe at every step.
+
+    SERVING(v) --Begin--> RECEIVING --Verify--> STAGED --Commit--> SERVING(v+1)
+         ^                   |                    |         |
+         +------- Abort, lost connection, expired lease ----+        failed while copying --> FENCED
+                                                                     FENCED --full push--> SERVING
+
+Requests are served with the old weights up to the commit. Nothing but `_commit` writes to live parameters, and it does
+so only after every rank has every byte, with the sender's digests, in its staging image.
+
+`handle` runs on the scheduler's thread, between two batches, on all ranks with the same message; that is what makes
+the collectives of `ranks` safe. Bytes arrive on the thread of the session (`receiver_plugin.session`).
+"""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from receiver_plugin.binding import BindingPlan
+from receiver_plugin.manifest import (
+    RankFindings,
+    find_quantized,
+    manifest_of,
+    plan_rank,
+    raise_problems,
+    unused_problems,
+    wire_sources,
+)
+from receiver_plugin.probe import fingerprint
+from receiver_plugin.session import Session
+from receiver_plugin.staging import Staging
+from shared import protocol as wire
+from shared.buckets import make_layout
+from shared.errors import (
+    CommitError,
+    Fp8SyncError,
+    IncompatibleServerError,
+    PlanError,
+    PushError,
+    ServerBusyError,
+    SessionLostError,
+    StaleVersionError,
+    error_from_wire,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class Ranks(Protocol):
+    """The ranks of this server (one scheduler process each)."""
+
+    index: int
+    size: int
+
+    def gather(self, item: Any) -> list[Any]:
+        """`item` of every rank, in order, on every rank. A collective."""
+
+
+class Engine(Protocol):
+    """What the receiver asks of the engine around it; SGLang's is in `sglang_adapter`."""
+
+    def info(self, incarnation: str) -> wire.ServerInfo: ...
+
+    def unsafe(self) -> list[str]:
+        """Why raw copies into the live parameters would be wrong just now; empty if they are right."""
+
+    def flush_cache(self) -> bool:
+        """Forget the KV cache of the old weights. False, and nothing done, while requests run."""
+
+    def synchronize(self) -> None:
+        """Return when the device has finished all forward passes that read the parameters."""
+
+    def publish(self, version: int) -> None:
+        """From here on replies carry `version`."""
+
+
+class SingleRank:
+    """A server of one rank."""
+
+    index, size = 0, 1
+
+    def gather(self, item: Any) -> list[Any]:
+        return [item]
+
+
+class Receiver:
+    """One per rank and model. `fence` is why the start-up weights must not be served, or None."""
+
+    def __init__(self, model: nn.Module, engine: Engine, ranks: Ranks, fence: str | None = None) -> None:
+        self._model, self._engine, self._ranks = model, engine, ranks
+        self._incarnation = ranks.gather(uuid.uuid4().hex)[0]
+        self._fence = next((reason for reason in ranks.gather(fence) if reason), None)
+        self._version = 0
+        self._manifest: tuple[wire.ManifestTensor, ...] | None = None
+        self._plan: BindingPlan | None = None
+        self._session: Session | None = None
+        self._handlers: dict[type, Callable[[Any], dict[str, Any]]] = {
+            wire.Describe: self._describe,
+            wire.Offer: self._offer,
+            wire.Open: self._open,
+            wire.Begin: self._begin,
+            wire.Verify: self._verify,
+            wire.Commit: self._commit,
+            wire.Abort: self._abort,
+            wire.Close: self._close,
+            wire.Probe: self._probe,
+        }
+
+    @property
+    def state(self) -> wire.ServerState:
+        transfer = self._session.transfer if self._session else None
+        if transfer is not None:
+            return "STAGED" if transfer.verified else "RECEIVING"
+        return "FENCED" if self._fence else "SERVING"
+
+    def handle(self, message: Any) -> wire.Reply:
+        """Answer one control message. Never raises: an error becomes part of the reply."""
+        try:
+            self._expire()
+            with torch.inference_mode(False), torch.no_grad():
+                return self._reply(**self._handlers[type(message)](message))
+        except Fp8SyncError as error:
+            return self._reply(error=_to_wire(error))
+        except Exception as error:  # an escaping exception would end the server: SGLang does not catch it
+            logger.exception("fp8sync: %s failed", message.kind)
+            return self._reply(error=_to_wire(PushError(f"{message.kind} failed: {type(error).__name__}: {error}")))
+
+    def _reply(self, **fields: Any) -> wire.Reply:
+        return wire.Reply(state=self.state, version=self._version, fence=self._fence, **fields)
+
+    # Once
+
+    def _describe(self, message: wire.Describe) -> dict[str, Any]:
+        return {"info": self._engine.info(self._incarnation)}
+
+    def _offer(self, message: wire.Offer) -> dict[str, Any]:
+        self._collect(self._check_safe)
+        quantized = self._collect(lambda: find_quantized(self._model, message.tensors))
+        manifest = manifest_of(message.tensors, frozenset().union(*quantized))
+        plan, findings = self._trace_on_all(manifest)
+        problems = [problem for rank in findings for problem in rank.problems]
+        raise_problems([*problems, *unused_problems(wire_sources(manifest), findings)], self._ranks.size)
+        self._manifest, self._plan = manifest, plan
+        return {"manifest": manifest}
+
+    def _trace_on_all(self, manifest: tuple[wire.ManifestTensor, ...]) -> tuple[BindingPlan, list[RankFindings]]:
+        plans: list[BindingPlan] = []
+
+        def trace_here() -> RankFindings:
+            plan, findings = plan_rank(self._model, manifest)
+            plans.append(plan)
+            return findings
+
+        findings = self._collect(trace_here)
+        return plans[0], findings
+
+    def _check_safe(self) -> None:
+        if reasons := self._engine.unsafe():
+            raise IncompatibleServerError("in-place binding would be wrong: " + "; ".join(reasons))
+
+    def _open(self, message: wire.Open) -> dict[str, Any]:
+        self._check_incarnation(message.incarnation)
+        if self._session is not None and self._session.transfer is not None:
+            raise ServerBusyError(f"sender {self._session.sender} is in the middle of a push")
+        manifest, plan = self._manifest, self._plan
+        if manifest is None or plan is None:
+            raise SessionLostError("this server has no plan of yours: offer first")
+        layout = make_layout(manifest, message.bucket_bytes)
+        if layout.plan_hash != message.plan_hash:
+            raise SessionLostError("another sender's plan took the place of yours: offer again")
+        self._end_session()
+
+        def start() -> None:
+            staging = Staging(self._model, plan, layout)
+            self._session = Session(message, layout, staging, message.rendezvous.first_rank + self._ranks.index)
+
+        self._collect(start)
+        return {"plan_hash": layout.plan_hash}
+
+    # Every push
+
+    def _begin(self, message: wire.Begin) -> dict[str, Any]:
+        session = self._session_of(message.session)
+        if message.version <= self._version:
+            raise StaleVersionError(f"version {message.version} is not newer than {self._version}, which is served")
+        if session.transfer is not None:
+            raise ServerBusyError(f"version {session.transfer.version} is still on its way")
+
+        def start() -> None:
+            self._check_safe()
+            if moved := session.staging.check_addresses():
+                raise SessionLostError(f"{moved} moved in memory since the plan was made: plan anew")
+            session.begin(message.version, message.deadline_s)
+
+        self._collect(start)
+        return {}
+
+    def _verify(self, message: wire.Verify) -> dict[str, Any]:
+        transfer = self._session_of(message.session).transfer_of(message.version)
+        if not all(self._ranks.gather(transfer.done.is_set())):
+            return {}  # still RECEIVING: the sender asks again
+        self._collect(lambda: transfer.verify(message.digests))
+        return {}
+
+    def _commit(self, message: wire.Commit) -> dict[str, Any]:
+        session = self._session_of(message.session)
+        transfer = session.transfer_of(message.version)
+        self._collect(lambda: self._ready_to_commit(session, transfer))
+        try:
+            self._collect(lambda: self._copy(session))
+        except Fp8SyncError as error:
+            self._fence = f"version {message.version} was copied in part only: {error}"
+            session.end_transfer()
+            raise CommitError(f"the server is fenced: {self._fence}") from error
+        self._version, self._fence = message.version, None
+        self._engine.publish(message.version)
+        session.end_transfer()
+        return {}
+
+    def _ready_to_commit(self, session: Session, transfer: Any) -> None:
+        if not transfer.verified:
+            raise CommitError(f"version {transfer.version} is not staged; nothing was touched")
+        if moved := session.staging.check_addresses():
+            raise CommitError(f"{moved} moved in memory while version {transfer.version} was staged; nothing was touched")
+        if not self._engine.flush_cache():
+            raise CommitError("requests are still running; nothing was touched")
+
+    def _copy(self, session: Session) -> None:
+        self._engine.synchronize()
+        with torch.inference_mode():
+            session.staging.commit()
+        self._engine.synchronize()
+
+    def _abort(self, message: wire.Abort) -> dict[str, Any]:
+        session = self._session_of(message.session)
+        if session.transfer is not None and session.transfer.version == message.version:
+            logger.warning("fp8sync: version %d aborted by the sender: %s", message.version, message.reason)
+            session.end_transfer()
+        return {}
+
+    # At the end
+
+    def _close(self, message: wire.Close) -> dict[str, Any]:
+        if self._session is not None and self._session.id == message.session:
+            self._end_session()
+        return {}
+
+    def _probe(self, message: wire.Probe) -> dict[str, Any]:
+        return {"probe": tuple(self._ranks.gather(fingerprint(self._model)))}
+
+    # Helpers
+
+    def _collect(self, step: Callable[[], Any]) -> list[Any]:
+        """The results of `step` of all ranks. If it failed on any, that error is raised on all: none goes on alone."""
+        mine: Any = None
+        failure: tuple[str, str, tuple[str, ...]] | None = None
+        try:
+            mine = step()
+        except Fp8SyncError as error:
+            failure = _parts(error)
+        except Exception as error:
+            logger.exception("fp8sync: a step failed on rank %d", self._ranks.index)
+            failure = _parts(PushError(f"{type(error).__name__}: {error}"))
+        outcomes = self._ranks.gather((failure, mine))
+        failed = [(rank, found) for rank, (found, _) in enumerate(outcomes) if found is not None]
+        if failed:
+            rank, (kind, text, problems) = failed[0]
+            where = f" (rank {rank} of {self._ranks.size})" if self._ranks.size > 1 else ""
+            raise error_from_wire(kind, text + where, problems)
+        return [result for _, result in outcomes]
+
+    def _session_of(self, session: str) -> Session:
+        if self._session is None or self._session.id != session:
+            holder = f"sender {self._session.sender} took over" if self._session else "this server holds no session"
+            raise SessionLostError(f"{holder}: plan anew")
+        return self._session
+
+    def _check_incarnation(self, incarnation: str) -> None:
+        if incarnation != self._incarnation:
+            raise SessionLostError("the server restarted since you planned: plan anew")
+
+    def _expire(self) -> None:
+        """A sender that died holds nothing: its stage is void once its deadline has passed, on all ranks alike."""
+        transfer = self._session.transfer if self._session else None
+        if transfer is None:
+            return
+        if any(self._ranks.gather(transfer.expired())):
+            logger.warning("fp8sync: version %d expired before its commit", transfer.version)
+            assert self._session is not None
+            self._session.end_transfer()
+
+    def _end_session(self) -> None:
+        if self._session is not None:
+            self._session.close()
+            self._session = None
+
+
+def _parts(error: Fp8SyncError) -> tuple[str, str, tuple[str, ...]]:
+    found = _to_wire(error)
+    return found.kind, found.message, found.problems
+
+
+def _to_wire(error: Fp8SyncError) -> wire.WireError:
+    problems = error.problems if isinstance(error, PlanError) else ()
+    message = str(error).split("\n  - ")[0] if problems else str(error)
+    return wire.WireError(kind=type(error).__name__, message=message, problems=problems)
+
+
+__all__ = ["Engine", "Ranks", "Receiver", "SingleRank"]

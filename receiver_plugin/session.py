@@ -1,0 +1,136 @@
+"""A session: one sender's plan on this rank, and the thread on which its bytes arrive.
+
+The thread joins the data plane, then waits for pushes. For each it receives every bucket into the bucket buffer, takes
+the digest, and scatters the bucket over the staging image. It never touches a live parameter and never talks to other
+ranks. An error ends the push and is kept for the next control message; the sender makes a new session after it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+
+import torch
+
+from receiver_plugin.staging import Staging
+from shared.buckets import Layout
+from shared.digest import digest
+from shared.errors import Fp8SyncError, TransferError
+from shared.planes import ReceiveHalf, open_receiver
+from shared.protocol import Open
+
+logger = logging.getLogger(__name__)
+
+
+class Transfer:
+    """One push under way. `done` is set when all buckets have arrived or `error` says why not."""
+
+    def __init__(self, version: int, deadline_s: float) -> None:
+        self.version = version
+        self.deadline = time.monotonic() + deadline_s
+        self.done = threading.Event()
+        self.cancelled = threading.Event()
+        self.digests: list[int] = []
+        self.error: str | None = None
+        self.verified = False
+
+    def expired(self) -> bool:
+        return time.monotonic() > self.deadline
+
+    def remaining_s(self) -> float:
+        if self.cancelled.is_set():
+            raise TransferError("the push was aborted")
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            raise TransferError("the deadline of the push passed")
+        return left
+
+    def verify(self, digests: tuple[int, ...]) -> None:
+        """Raises: TransferError: something did not arrive, or not as it was sent."""
+        if self.error is not None:
+            raise TransferError(self.error)
+        if len(digests) != len(self.digests):
+            raise TransferError(f"{len(self.digests)} buckets arrived, {len(digests)} were sent")
+        wrong = [index for index, (got, sent) in enumerate(zip(self.digests, digests, strict=True)) if got != sent]
+        if wrong:
+            raise TransferError(f"the bytes of bucket(s) {wrong} are not those that were sent")
+        self.verified = True
+
+
+class Session:
+    def __init__(self, opened: Open, layout: Layout, staging: Staging, rank: int) -> None:
+        self.id, self.sender, self.staging = opened.session, opened.sender, staging
+        self.transfer: Transfer | None = None
+        self._layout = layout
+        self._wake = threading.Condition()
+        self._pending: Transfer | None = None
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, args=(opened, rank), name="fp8sync-receive", daemon=True)
+        self._thread.start()
+
+    def begin(self, version: int, deadline_s: float) -> None:
+        self.transfer = Transfer(version, deadline_s)
+        with self._wake:
+            self._pending = self.transfer
+            self._wake.notify()
+
+    def transfer_of(self, version: int) -> Transfer:
+        if self.transfer is None or self.transfer.version != version:
+            raise TransferError(f"version {version} is not on its way to this server (aborted, expired or never begun)")
+        return self.transfer
+
+    def end_transfer(self) -> None:
+        if self.transfer is not None:
+            self.transfer.cancelled.set()
+            self.transfer = None
+
+    def close(self) -> None:
+        """Stop the thread as soon as it returns from the plane; the plane's own time-out bounds that."""
+        self.end_transfer()
+        with self._wake:
+            self._closed = True
+            self._wake.notify()
+
+    def _run(self, opened: Open, rank: int) -> None:
+        plane: ReceiveHalf | None = None
+        failure: str | None = None
+        try:
+            plane = open_receiver(opened.rendezvous, rank)
+        except Fp8SyncError as error:
+            failure = str(error)
+        except Exception as error:
+            logger.exception("fp8sync: joining the data plane failed")
+            failure = f"{type(error).__name__}: {error}"
+        while (transfer := self._next()) is not None:
+            if failure is None and plane is not None:
+                failure = self._receive(plane, transfer)
+            transfer.error = failure
+            transfer.done.set()
+        if plane is not None:
+            plane.close()
+
+    def _next(self) -> Transfer | None:
+        with self._wake:
+            self._wake.wait_for(lambda: self._closed or self._pending is not None)
+            transfer, self._pending = self._pending, None
+            return None if self._closed else transfer
+
+    def _receive(self, plane: ReceiveHalf, transfer: Transfer) -> str | None:
+        device = self.staging.bucket.device
+        stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        try:
+            with torch.no_grad(), torch.cuda.stream(stream):
+                for bucket in self._layout.buckets:
+                    arrived = self.staging.bucket[: bucket.num_bytes]
+                    plane.receive(arrived, transfer.remaining_s())
+                    transfer.digests.append(digest(arrived, key=bucket.index))
+                    self.staging.scatter(bucket.index)
+            if stream is not None:
+                stream.synchronize()
+        except Fp8SyncError as error:
+            return str(error)
+        except Exception as error:
+            logger.exception("fp8sync: receiving version %d failed", transfer.version)
+            return f"{type(error).__name__}: {error}"
+        return None

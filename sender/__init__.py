@@ -1,0 +1,9 @@
+"""The trainer's side: `FP8Sender` and what it returns and raises."""
+
+from sender.export import export_checkpoint
+from sender.sender import FP8Sender, PushHandle
+from sender.report import PushReport
+from sender.source import Shard
+from shared.protocol import FP8BlockConfig
+
+__all__ = ["FP8BlockConfig", "FP8Sender", "PushHandle", "PushReport", "Shard", "export_checkpoint"]

@@ -1,0 +1,222 @@
+"""All servers of a push, as one: prepared on all, then committed on all. Lives on rank 0 of the trainer only."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import socket
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from packaging.version import Version
+from pydantic import BaseModel
+
+from sender.control import ControlClient
+from sender.plan import PushPlan, agree
+from shared import protocol as wire
+from shared.buckets import make_layout
+from shared.digest import digest
+from shared.errors import CommitError, Fp8SyncError, IncompatibleServerError, PushError, SessionLostError, TransferError
+from shared.planes import SendHalf
+from shared.planes.distributed import GroupSender
+from shared.planes.memory import MemoryPlane
+
+logger = logging.getLogger(__name__)
+
+_CONTROL_TIMEOUT_S = 60.0
+_POLL_S = 0.005
+
+
+class Fleet:
+    """The servers, the data plane to them, and the push under way.
+
+    `make_memory_plane` is a test's way to put faults on the in-memory plane.
+    """
+
+    def __init__(
+        self,
+        servers: Sequence[ControlClient],
+        config: wire.FP8BlockConfig,
+        plane: wire.PlaneName,
+        timeout_s: float,
+        make_memory_plane: Callable[[wire.Rendezvous], SendHalf] = MemoryPlane,
+    ) -> None:
+        self._servers = list(servers)
+        self._config, self._plane_name, self._timeout_s = config, plane, timeout_s
+        self._make_memory_plane = make_memory_plane
+        self._name = f"{socket.gethostname()}-{secrets.token_hex(4)}"
+        self._pool = ThreadPoolExecutor(max_workers=len(self._servers), thread_name_prefix="fp8sync-control")
+        self._incarnations: dict[str, str] = {}
+        self._plane: SendHalf | None = None
+        self._session = ""
+        self._version = 0
+        self._digests: list[int] = []
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(server.name for server in self._servers)
+
+    # Once
+
+    def survey(self) -> tuple[bool, int]:
+        """Whether the servers are still those of the open session, and the newest version that one of them serves."""
+        replies = self._each(wire.Describe())
+        infos = [(name, reply.info) for name, reply in zip(self.names, replies, strict=True)]
+        for name, info in infos:
+            _check_info(name, info)
+        now = {name: info.incarnation for name, info in infos if info is not None}
+        known = self._plane is not None and now == self._incarnations
+        self._incarnations = now
+        self._num_ranks = [info.num_ranks for _, info in infos if info is not None]
+        return known, max(reply.version for reply in replies)
+
+    def plan(self, offered: tuple[wire.TensorSpec, ...], bucket_bytes: int) -> PushPlan:
+        """Offer the tensors, check the manifests, open session and data plane. Nothing of a model is touched."""
+        self.close_session("a new plan is made")
+        replies = self._each(wire.Offer(config=self._config, tensors=offered))
+        manifests = {name: reply.manifest for name, reply in zip(self.names, replies, strict=True) if reply.manifest}
+        if len(manifests) != len(self._servers):
+            raise PushError("a server answered an offer without a manifest")
+        agree(offered, manifests, self._config)
+        plan = PushPlan(offered, make_layout(next(iter(manifests.values())), bucket_bytes))
+        self._open(plan)
+        return plan
+
+    def _open(self, plan: PushPlan) -> None:
+        self._session = secrets.token_hex(16)
+        host = self._servers[0].local_host()
+        plane = GroupSender(host) if self._plane_name == "gloo" else None
+        first_ranks = [sum(self._num_ranks[:index]) for index in range(len(self._servers))]
+        rendezvous = [
+            wire.Rendezvous(
+                plane=self._plane_name,
+                host=host,
+                port=plane.port if plane else 0,
+                key=f"fp8sync/{self._session}",
+                world_size=1 + sum(self._num_ranks),
+                first_rank=first,
+                timeout_s=self._timeout_s,
+            )
+            for first in first_ranks
+        ]
+        self._plane = plane or self._make_memory_plane(rendezvous[0])
+        self._each_its_own(
+            [
+                wire.Open(
+                    sender=self._name,
+                    session=self._session,
+                    incarnation=self._incarnations[name],
+                    plan_hash=plan.layout.plan_hash,
+                    bucket_bytes=plan.layout.bucket_bytes,
+                    rendezvous=mine,
+                )
+                for name, mine in zip(self.names, rendezvous, strict=True)
+            ]
+        )
+        if plane is not None:
+            plane.join(rendezvous[0])
+
+    # Every push
+
+    def begin(self, version: int) -> None:
+        self._version, self._digests = version, []
+        self._each(wire.Begin(session=self._session, version=version, deadline_s=self._timeout_s))
+
+    def send(self, bucket: torch.Tensor, index: int) -> None:
+        """Send flat uint8 `bucket`; the buffer may be reused on return."""
+        if self._plane is None:
+            raise SessionLostError("the data plane is closed: push again")
+        self._digests.append(digest(bucket, key=index))
+        self._plane.send(bucket)
+
+    def verify(self) -> None:
+        """Return when every rank of every server holds every byte as it was sent."""
+        deadline = time.monotonic() + self._timeout_s
+        message = wire.Verify(session=self._session, version=self._version, digests=tuple(self._digests))
+        while any(reply.state != "STAGED" for reply in self._each(message)):
+            if time.monotonic() > deadline:
+                raise TransferError(f"not every server was staged within {self._timeout_s:.0f} s")
+            time.sleep(_POLL_S)
+
+    def commit(self) -> None:
+        """Publish on every server. Raises: CommitError: names the servers that did and those that did not."""
+        message = wire.Commit(session=self._session, version=self._version, drain_s=self._timeout_s)
+        outcomes = self._try_each([message] * len(self._servers), self._timeout_s + _CONTROL_TIMEOUT_S)
+        failed = {name: found for name, found in zip(self.names, outcomes, strict=True) if isinstance(found, Exception)}
+        if len(failed) == len(outcomes) == 1:
+            raise next(iter(failed.values()))
+        if failed:
+            done = [name for name in self.names if name not in failed]
+            raise CommitError(f"version {self._version} is served by {done or 'no server'} but not by: {failed}")
+
+    def fail(self, reason: BaseException) -> None:
+        """After any failure: every server forgets the push, and the next push opens a new session."""
+        logger.warning("fp8sync: push of version %d failed: %s", self._version, reason)
+        if self._session:
+            abort = wire.Abort(session=self._session, version=self._version, reason=str(reason)[:500])
+            self._try_each([abort] * len(self._servers), _CONTROL_TIMEOUT_S)
+        self.close_session(str(reason))
+
+    # At the end
+
+    def close_session(self, reason: str) -> None:
+        if self._plane is None and not self._session:
+            return
+        logger.debug("fp8sync: closing session: %s", reason)
+        if self._plane is not None:
+            self._plane.close()
+            self._plane = None
+        if self._session:
+            self._try_each([wire.Close(session=self._session)] * len(self._servers), _CONTROL_TIMEOUT_S)
+            self._session = ""
+
+    def close(self) -> None:
+        self.close_session("the sender is closed")
+        self._pool.shutdown(wait=True)
+        for server in self._servers:
+            server.close()
+
+    # Helpers
+
+    def _each(self, message: BaseModel) -> list[wire.Reply]:
+        return self._each_its_own([message] * len(self._servers))
+
+    def _each_its_own(self, messages: Sequence[BaseModel]) -> list[wire.Reply]:
+        outcomes = self._try_each(messages, _CONTROL_TIMEOUT_S)
+        for outcome in outcomes:
+            if isinstance(outcome, Exception):
+                raise outcome
+        return [outcome for outcome in outcomes if not isinstance(outcome, Exception)]
+
+    def _try_each(self, messages: Sequence[BaseModel], timeout_s: float) -> list[wire.Reply | Exception]:
+        """Ask all servers at the same time; an error takes the place of its reply."""
+
+        def ask(server: ControlClient, message: BaseModel) -> wire.Reply | Exception:
+            try:
+                return server.call(message, timeout_s)
+            except Fp8SyncError as error:
+                return error
+
+        return list(self._pool.map(ask, self._servers, messages))
+
+
+def _check_info(name: str, info: Any) -> None:
+    """Raises: IncompatibleServerError: the server cannot take part in a push of this sender."""
+    if info is None:
+        raise IncompatibleServerError(f"{name} did not say what it is")
+    if info.protocol != wire.PROTOCOL_VERSION:
+        raise IncompatibleServerError(
+            f"{name} speaks protocol {info.protocol}, this sender {wire.PROTOCOL_VERSION}: install one fp8sync on both"
+        )
+    if Version(info.sglang_version) < Version(wire.MIN_SGLANG_VERSION):
+        raise IncompatibleServerError(
+            f"{name} runs SGLang {info.sglang_version}, older than {wire.MIN_SGLANG_VERSION}, the oldest supported"
+        )
+    if info.block_size != (128, 128):
+        blocks = "no block FP8" if info.block_size is None else f"blocks of {list(info.block_size)}"
+        raise IncompatibleServerError(
+            f"{name} serves {blocks}, this sender sends [128, 128]: start it with the arguments of shared.launch"
+        )

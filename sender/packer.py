@@ -1,0 +1,54 @@
+"""Quantize and pack: gathered weights go straight into the flat bucket that is sent."""
+
+from __future__ import annotations
+
+import torch
+
+from sender.quantize import copy_into, quantize_into
+from shared.buckets import Bucket, Layout
+from shared.errors import NonFiniteWeightError
+from shared.protocol import FP8BlockConfig
+
+
+class Packer:
+    """One reused bucket buffer on the device of the weights.
+
+    Non-finite weights are noted on the device, without waiting for it, and raised by `check_finite` once a push.
+    """
+
+    def __init__(self, layout: Layout, config: FP8BlockConfig, device: torch.device) -> None:
+        self._config = config
+        self._names = [tensor.name for tensor in layout.tensors]
+        self._row = {name: row for row, name in enumerate(self._names)}
+        self._buffer = torch.zeros(layout.largest_bucket_bytes, dtype=torch.uint8, device=device)
+        self._nonfinite = torch.zeros(len(self._names), dtype=torch.int32, device=device)
+
+    def begin(self) -> None:
+        self._nonfinite.zero_()
+
+    def pack(self, bucket: Bucket, weights: dict[str, torch.Tensor]) -> torch.Tensor:
+        """`weights` by name -> flat uint8 [bucket.num_bytes], valid until the next call."""
+        packed = self._buffer[: bucket.num_bytes]
+        packed.zero_()  # alignment gaps are zero on both sides
+        for entry in bucket.entries:
+            weight, values = weights[entry.tensor.name], entry.values.view(packed)
+            row = self._row[entry.tensor.name]
+            nonfinite = self._nonfinite[row : row + 1]
+            if entry.scale is None:
+                copy_into(weight, values, nonfinite)
+            else:
+                quantize_into(
+                    weight,
+                    values,
+                    entry.scale.view(packed),
+                    nonfinite,
+                    scale_fmt=self._config.scale_fmt,
+                    zero_scale=self._config.zero_scale,
+                )
+        return packed
+
+    def check_finite(self) -> None:
+        """Raises: NonFiniteWeightError: names every tensor with inf or NaN since `begin`."""
+        rows = self._nonfinite.nonzero().flatten().tolist()
+        if rows:
+            raise NonFiniteWeightError(tuple(self._names[row] for row in rows))

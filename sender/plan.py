@@ -1,0 +1,69 @@
+"""A push plan: made once, the same on every rank, executed every push."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pydantic import TypeAdapter
+
+from shared.buckets import Layout, make_layout
+from shared.errors import PlanError
+from shared.naming import should_quantize_param
+from shared.protocol import FP8BlockConfig, ManifestTensor, TensorSpec
+
+_MANIFEST = TypeAdapter(tuple[ManifestTensor, ...])
+
+
+@dataclass(frozen=True)
+class PushPlan:
+    """What is sent, in which buckets, for the offer `offered`."""
+
+    offered: tuple[TensorSpec, ...]
+    layout: Layout
+
+    @property
+    def num_quantized(self) -> int:
+        return sum(tensor.quantized for tensor in self.layout.tensors)
+
+    @property
+    def bf16_bytes(self) -> int:
+        return sum(2 * _numel(tensor.shape) for tensor in self.layout.tensors)
+
+    def to_json(self) -> str:
+        """For the other ranks."""
+        return _MANIFEST.dump_json(self.layout.tensors).decode()
+
+    @classmethod
+    def from_json(cls, text: str, offered: tuple[TensorSpec, ...], bucket_bytes: int) -> PushPlan:
+        return cls(offered, make_layout(_MANIFEST.validate_json(text), bucket_bytes))
+
+
+def agree(offered: Sequence[TensorSpec], manifests: dict[str, Sequence[ManifestTensor]], config: FP8BlockConfig) -> None:
+    """Every server must want the same, and what this project's own rule for checkpoints says.
+
+    `manifests`: the answer of each server, by its name.
+
+    Raises:
+        PlanError: servers that differ, or a server that differs from `should_quantize_param`; all tensors listed.
+    """
+    problems = []
+    for server, manifest in manifests.items():
+        for spec, tensor in zip(offered, manifest, strict=True):
+            rule = should_quantize_param(spec.name, spec.shape, config)
+            if tensor.quantized != rule:
+                holds, means = ("FP8", "BF16") if tensor.quantized else ("BF16", "FP8")
+                problems.append(f"{spec.name}: {server} holds it in {holds}, the configuration means {means}")
+    if problems:
+        raise PlanError(
+            "server and FP8BlockConfig disagree; start the server with the arguments of shared.launch or list the "
+            "modules in modules_to_not_convert",
+            tuple(problems),
+        )
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    total = 1
+    for length in shape:
+        total *= length
+    return total

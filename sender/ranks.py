@@ -1,0 +1,186 @@
+"""The trainer's ranks: where they meet before a collective, and how rank 0 leads.
+
+Meetings use the trainer's own store, with a deadline of ours, so that a rank that never comes is an error with its
+number in it instead of a hang inside a collective. A meeting ends in one way for all: `go` or `abandoned`, decided by
+one compare-and-set; who comes late to an abandoned meeting goes on to the next one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from shared.errors import Fp8SyncError, NonFiniteWeightError, PlanError, PushError, RankMissingError, error_from_wire
+
+_instances = itertools.count()  # senders are made in the same order on all ranks, as process groups are
+
+
+class TrainerRanks:
+    """All ranks of the default process group, or this process alone if there is none."""
+
+    def __init__(self, meeting_timeout_s: float) -> None:
+        self._timeout_s = meeting_timeout_s
+        number = next(_instances)
+        self._step = 0
+        self._shares = 0
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            self.rank, self.size = dist.get_rank(), dist.get_world_size()
+            store = dist.distributed_c10d._get_default_store()
+            self._store: Any = dist.PrefixStore(f"fp8sync/{number}", store)
+        else:
+            self.rank, self.size, self._store = 0, 1, None
+
+    @property
+    def is_leader(self) -> bool:
+        return self.rank == 0
+
+    def meet(self, what: str) -> None:
+        """Return when every rank has called `meet(what)`.
+
+        Raises:
+            RankMissingError: a rank did not come before the deadline, or called another function.
+        """
+        if self._store is None:
+            return
+        while True:
+            step, self._step, self._shares = self._step, self._step + 1, 0
+            if self._outcome(step) != "abandoned":
+                break
+        self._store.set(f"{step}/here/{self.rank}", what)
+        deadline = time.monotonic() + self._timeout_s
+        if self.is_leader:
+            self._decide(step, what)
+        outcome = self._await_outcome(step, deadline)
+        if outcome != "go":
+            raise RankMissingError(f"{what}: {outcome.removeprefix('abandoned: ')}")
+        self._forget(step - 1)
+
+    def _decide(self, step: int, what: str) -> None:
+        missing = [rank for rank in range(self.size) if not self._arrived(step, rank)]
+        deadline = time.monotonic() + self._timeout_s
+        while missing and time.monotonic() < deadline and self._outcome(step) is None:
+            time.sleep(0.002)
+            missing = [rank for rank in missing if not self._arrived(step, rank)]
+        others = {r: self._text(f"{step}/here/{r}") for r in range(self.size) if r not in missing}
+        strangers = {rank: call for rank, call in others.items() if call != what}
+        verdict = "go"
+        if missing:
+            verdict = f"abandoned: rank(s) {missing} of {self.size} did not call it within {self._timeout_s:.0f} s"
+        elif strangers:
+            verdict = f"abandoned: other ranks called something else: {strangers}"
+        self._store.compare_set(f"{step}/outcome", "", verdict)
+
+    def _await_outcome(self, step: int, deadline: float) -> str:
+        while (outcome := self._outcome(step, whole=True)) is None:
+            if time.monotonic() > deadline + 1.0:  # the leader's own deadline comes first
+                gone = f"abandoned: rank 0 did not call it within {self._timeout_s:.0f} s"
+                self._store.compare_set(f"{step}/outcome", "", gone)
+            time.sleep(0.002)
+        return outcome
+
+    def _outcome(self, step: int, whole: bool = False) -> str | None:
+        key = f"{step}/outcome"
+        if not self._store.check([key]):
+            return None
+        text = self._text(key)
+        return text if whole else text.split(":")[0]
+
+    def _arrived(self, step: int, rank: int) -> bool:
+        return bool(self._store.check([f"{step}/here/{rank}"]))
+
+    def _text(self, key: str) -> str:
+        return bytes(self._store.get(key)).decode()
+
+    def _forget(self, step: int) -> None:
+        if self.is_leader and step >= 0:
+            for rank in range(self.size):
+                self._store.delete_key(f"{step}/here/{rank}")
+            for number in range(8):
+                self._store.delete_key(f"{step}/shared/{number}")
+                for rank in range(self.size):
+                    self._store.delete_key(f"{step}/shared/{number}/{rank}")
+
+    def share(self, text: str | None, timeout_s: float) -> str:
+        """The text that rank 0 gave, on all ranks. Call it in the same order everywhere, between two meetings.
+
+        Raises:
+            RankMissingError: rank 0 gave nothing before the deadline.
+        """
+        if self._store is None:
+            assert text is not None
+            return text
+        key, self._shares = f"{self._step - 1}/shared/{self._shares}", self._shares + 1
+        if self.is_leader:
+            assert text is not None
+            self._store.set(key, text)
+            return text
+        try:
+            self._store.wait([key], timedelta(seconds=timeout_s))
+        except dist.DistStoreError as error:
+            raise RankMissingError(f"rank 0 said nothing for {timeout_s:.0f} s: it died or hangs") from error
+        return self._text(key)
+
+    def tell_all(self, text: str, timeout_s: float) -> list[str]:
+        """The text of every rank, in order, on all ranks."""
+        if self._store is None:
+            return [text]
+        number, self._shares = self._shares, self._shares + 1
+        keys = [f"{self._step - 1}/shared/{number}/{rank}" for rank in range(self.size)]
+        self._store.set(keys[self.rank], text)
+        try:
+            self._store.wait(keys, timedelta(seconds=timeout_s))
+        except dist.DistStoreError as error:
+            raise RankMissingError(f"a rank said nothing for {timeout_s:.0f} s: it died or hangs") from error
+        return [self._text(key) for key in keys]
+
+
+class Lead:
+    """Steps that only rank 0 takes, within a function that all ranks run.
+
+    The first failure is kept and later steps are left out, while all ranks go on with their collectives; `finish`
+    then raises the same error on every rank, so that none is left waiting in a collective for one that gave up.
+    """
+
+    def __init__(self, ranks: TrainerRanks) -> None:
+        self._ranks = ranks
+        self.failure: Exception | None = None
+
+    def run(self, step: Callable[..., Any], *args: Any) -> Any:
+        """`step(*args)` on rank 0 if nothing failed before; None otherwise."""
+        if not self._ranks.is_leader or self.failure is not None:
+            return None
+        try:
+            return step(*args)
+        except Exception as error:
+            self.failure = error
+            return None
+
+    def finish(self, result: str | None, timeout_s: float) -> str:
+        """`result` of rank 0 on all ranks, or its failure raised on all ranks."""
+        if self.failure is None:
+            message = self._ranks.share(json.dumps({"result": result}), timeout_s)
+        else:
+            message = self._ranks.share(_describe(self.failure), timeout_s)
+        if self.failure is not None:
+            raise self.failure
+        found = json.loads(message)
+        if "result" not in found:
+            raise error_from_wire(found["kind"], found["message"], tuple(found["problems"]))
+        return str(found["result"])
+
+
+def _describe(failure: Exception) -> str:
+    problems: tuple[str, ...] = ()
+    if isinstance(failure, PlanError):
+        problems = failure.problems
+    elif isinstance(failure, NonFiniteWeightError):
+        problems = failure.names
+    known = failure if isinstance(failure, Fp8SyncError) else PushError(f"{type(failure).__name__}: {failure}")
+    text = str(known).split("\n  - ")[0]
+    return json.dumps({"kind": type(known).__name__, "message": text, "problems": problems})

@@ -1,0 +1,49 @@
+"""What a push did, in numbers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from pydantic import BaseModel, ConfigDict
+
+PHASES = ("plan", "gather", "quantize", "send", "verify", "commit")
+
+
+class PushReport(BaseModel):
+    """The result of a push, the same on every rank. `seconds` are those of rank 0, by phase, and `total`.
+
+    `bf16_bytes` is the model in 2-byte elements, `wire_bytes` what one receiver was sent (codes, scales, the tensors
+    that stay in BF16, alignment). `num_tensors` counts checkpoint tensors, scales not included.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    version: int
+    num_tensors: int
+    num_quantized: int
+    num_buckets: int
+    bf16_bytes: int
+    wire_bytes: int
+    seconds: dict[str, float]
+    servers: tuple[str, ...]
+
+
+class PhaseClock:
+    """Adds up the seconds spent in each phase."""
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter()
+        self._seconds = dict.fromkeys(PHASES, 0.0)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[name] += time.perf_counter() - started
+
+    def seconds(self) -> dict[str, float]:
+        return {**self._seconds, "total": time.perf_counter() - self._started}

@@ -1,0 +1,250 @@
+"""`FP8Sender`: a trainer's weights into running SGLang servers, as block FP8.
+
+    with FP8Sender(servers=["http://127.0.0.1:30000"]) as sender:    # on every trainer rank
+        for batch in batches:
+            train(batch)
+            report = sender.push(model)        # collective; returns when every server serves the new weights
+
+Once (`prepare`, or the first push): the servers are asked what they hold, a plan is made, the data plane is joined.
+Every push: gather, quantize, send, bucket by bucket; verify on all servers; commit on all servers. Rank 0 talks to the
+servers; the other ranks take part in the gathers and learn the outcome. An error is raised on every rank, and leaves
+the servers serving what they served (see the errors in `shared.errors`).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from types import TracebackType
+
+import torch
+from torch import nn
+
+from sender.control import ControlClient, HttpControl
+from sender.fleet import Fleet
+from sender.packer import Packer
+from sender.plan import PushPlan
+from sender.ranks import Lead, TrainerRanks
+from sender.report import PhaseClock, PushReport
+from sender.source import ModuleSource, Shard, ShardSource, WeightSource
+from shared.buckets import DEFAULT_BUCKET_BYTES, Bucket
+from shared.errors import ConfigError, Fp8SyncError
+from shared.protocol import FP8BlockConfig, PlaneName
+
+
+class FP8Sender:
+    """Pushes weights to `servers`. Make it on every trainer rank, after `init_process_group`.
+
+    Args:
+        servers: URLs of SGLang servers started with `--load-plugin fp8sync`, or `ControlClient` objects.
+        config: how to quantize; must agree with the servers.
+        admin_key: SGLang's `--admin-api-key` (or `--api-key` where only that is set).
+        bucket_bytes: size of the flat buckets that are sent.
+        meeting_timeout_s: how long ranks wait for each other before a push; then `RankMissingError`.
+        timeout_s: how long a push may take on the servers, from its first message to its commit.
+        plane: the data plane, `gloo`; `memory` is for tests in one process.
+    """
+
+    def __init__(
+        self,
+        servers: Sequence[str | ControlClient],
+        *,
+        config: FP8BlockConfig | None = None,
+        admin_key: str | None = None,
+        bucket_bytes: int = DEFAULT_BUCKET_BYTES,
+        meeting_timeout_s: float = 60.0,
+        timeout_s: float = 300.0,
+        plane: PlaneName = "gloo",
+    ) -> None:
+        if isinstance(servers, str) or not servers:
+            raise ConfigError("servers is a list with at least one server URL")
+        self._config = config or FP8BlockConfig()
+        self._bucket_bytes, self._timeout_s = bucket_bytes, timeout_s
+        self._ranks = TrainerRanks(meeting_timeout_s)
+        clients = [HttpControl(s, admin_key) if isinstance(s, str) else s for s in servers]
+        self._fleet = Fleet(clients, self._config, plane, timeout_s)
+        self._planned: PushPlan | None = None
+        self._packer: Packer | None = None
+        self._newest = self._version = 0
+        self._pending: PushHandle | None = None
+
+    # The interface
+
+    def prepare(self, model: nn.Module) -> PushPlan:
+        """Collective. Plan and connect now, so that the first push is like the others. Optional."""
+        source = ModuleSource(model)
+        self._meet("prepare")
+        lead = Lead(self._ranks)
+        return self._plan(source, lead)
+
+    def push(self, model: nn.Module, *, version: int | None = None) -> PushReport:
+        """Collective. Returns when every server serves the weights of `model` as `version` (default: the next number).
+
+        Raises:
+            PushError: one of its kinds, on every rank; the servers keep the version that they had.
+            NotImplementedError: Megatron-style and FSDP1 modules.
+        """
+        return self._push(lambda: ModuleSource(model), version)
+
+    def push_shards(self, shards: Iterable[Shard], *, version: int | None = None) -> PushReport:
+        """Collective. `push` for trainers whose modules it cannot read: each rank names the shards that it holds."""
+        return self._push(lambda: ShardSource(shards, self._ranks, self._timeout_s), version)
+
+    def push_async(self, model: nn.Module, *, version: int | None = None) -> PushHandle:
+        """Collective. Returns when the weights are quantized into a buffer of rank 0; `wait()` ends the push.
+
+        Training may change the weights at once. No other call of this sender may come before `wait()`.
+        """
+        source = ModuleSource(model)
+        self._meet("push_async")
+        clock, lead = PhaseClock(), Lead(self._ranks)
+        plan = self._plan(source, lead)
+        snapshot: list[torch.Tensor] = []
+        for bucket in plan.layout.buckets:
+            with clock.phase("gather"):
+                weights = source.gather(bucket.names)
+            with clock.phase("quantize"):
+                lead.run(lambda b=bucket, w=weights: snapshot.append(self._pack(plan, b, w).clone()))
+        source.release()
+        self._pending = PushHandle(self, plan, lead, clock, snapshot, version)
+        return self._pending
+
+    def close(self) -> None:
+        """Leave the servers; they keep serving. Not collective. Idempotent."""
+        self._pending = None
+        if self._ranks.is_leader:
+            self._fleet.close()
+
+    def __enter__(self) -> FP8Sender:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    # The way of a push
+
+    def _push(self, make_source: Callable[[], WeightSource], version: int | None) -> PushReport:
+        self._meet("push")
+        clock, lead = PhaseClock(), Lead(self._ranks)
+        source = make_source()
+        with clock.phase("plan"):
+            plan = self._plan(source, lead)
+            lead.run(self._begin, plan, version)
+        for bucket in plan.layout.buckets:
+            with clock.phase("gather"):
+                weights = source.gather(bucket.names)
+            with clock.phase("quantize"):
+                packed = lead.run(self._pack, plan, bucket, weights)
+            with clock.phase("send"):
+                lead.run(self._fleet.send, packed, bucket.index)
+        source.release()
+        return self._publish(plan, lead, clock)
+
+    def _publish(self, plan: PushPlan, lead: Lead, clock: PhaseClock) -> PushReport:
+        with clock.phase("verify"):
+            lead.run(self._check_finite)
+            lead.run(self._fleet.verify)
+        with clock.phase("commit"):
+            lead.run(self._fleet.commit)
+        return self._finish(plan, lead, clock)
+
+    # Its steps
+
+    def _meet(self, what: str) -> None:
+        if self._pending is not None:
+            raise ConfigError("a push_async is still under way: wait() for it first")
+        self._ranks.meet(what)
+
+    def _plan(self, source: WeightSource, lead: Lead) -> PushPlan:
+        """The plan of the last push if it still holds, else a new one; rank 0 decides for all ranks."""
+        found = lead.run(self._plan_on_leader, source)
+        if lead.failure is not None:
+            self._fail(lead.failure)
+        text = lead.finish(found, self._timeout_s)
+        if text or self._planned is None:
+            self._planned = PushPlan.from_json(text, source.tensors, self._bucket_bytes)
+            self._packer = None
+        return self._planned
+
+    def _plan_on_leader(self, source: WeightSource) -> str:
+        still_open, self._newest = self._fleet.survey()
+        if still_open and self._planned is not None and self._planned.offered == source.tensors:
+            return ""
+        return self._fleet.plan(source.tensors, self._bucket_bytes).to_json()
+
+    def _begin(self, plan: PushPlan, version: int | None) -> None:
+        self._version = self._newest + 1 if version is None else version
+        self._fleet.begin(self._version)
+
+    def _pack(self, plan: PushPlan, bucket: Bucket, weights: dict[str, torch.Tensor]) -> torch.Tensor:
+        if self._packer is None:
+            self._packer = Packer(plan.layout, self._config, next(iter(weights.values())).device)
+        if bucket.index == 0:
+            self._packer.begin()
+        return self._packer.pack(bucket, weights)
+
+    def _check_finite(self) -> None:
+        assert self._packer is not None
+        self._packer.check_finite()
+
+    def _finish(self, plan: PushPlan, lead: Lead, clock: PhaseClock) -> PushReport:
+        report = ""
+        if self._ranks.is_leader and lead.failure is None:
+            report = PushReport(
+                version=self._version,
+                num_tensors=len(plan.layout.tensors),
+                num_quantized=plan.num_quantized,
+                num_buckets=len(plan.layout.buckets),
+                bf16_bytes=plan.bf16_bytes,
+                wire_bytes=plan.layout.num_bytes,
+                seconds=clock.seconds(),
+                servers=self._fleet.names,
+            ).model_dump_json()
+        if lead.failure is not None:
+            self._fail(lead.failure)
+        return PushReport.model_validate_json(lead.finish(report, self._timeout_s))
+
+    def _fail(self, failure: Exception) -> None:
+        """On rank 0: tell the servers, and plan anew next time."""
+        self._planned = None
+        self._fleet.fail(failure)
+
+
+class PushHandle:
+    """A push under way. `wait()` is collective."""
+
+    def __init__(
+        self,
+        sender: FP8Sender,
+        plan: PushPlan,
+        lead: Lead,
+        clock: PhaseClock,
+        snapshot: list[torch.Tensor],
+        version: int | None,
+    ) -> None:
+        self._sender, self._plan, self._lead, self._clock = sender, plan, lead, clock
+        self._snapshot, self._version = snapshot, version
+        self._thread = threading.Thread(target=self._transfer, name="fp8sync-push", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> PushReport:
+        """Collective. Returns when every server serves the new weights; raises as `FP8Sender.push`."""
+        self._thread.join()
+        sender = self._sender
+        if sender._pending is not self:
+            raise Fp8SyncError("this push was waited for already, or its sender was closed")
+        sender._pending = None
+        return sender._finish(self._plan, self._lead, self._clock)
+
+    def _transfer(self) -> None:
+        sender, lead = self._sender, self._lead
+        lead.run(sender._check_finite)
+        lead.run(sender._begin, self._plan, self._version)
+        for index, packed in enumerate(self._snapshot):
+            with self._clock.phase("send"):
+                lead.run(sender._fleet.send, packed, index)
+        self._snapshot = []
+        with self._clock.phase("verify"):
+            lead.run(sender._fleet.verify)
+        with self._clock.phase("commit"):
+            lead.run(sender._fleet.commit)

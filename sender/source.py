@@ -1,0 +1,212 @@
+"""Where weights come from: something that lists checkpoint tensors and gathers them whole on rank 0.
+
+`ModuleSource` reads a module: FSDP2 (parameters are DTensors) or unsharded. `ShardSource` reads shards that the caller
+names itself. Neither writes to a parameter. What is pushed is what training computes with: fp32 masters are rounded to
+BF16 on their own rank before they are gathered.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from sender.ranks import TrainerRanks
+from shared.buckets import DTYPE_NAMES, DTYPES
+from shared.coverage import Box, overlapped, uncovered
+from shared.errors import ConfigError, PlanError
+from shared.naming import Piece, canonical_name, pieces
+from shared.protocol import TensorSpec
+
+_SUPPORTED = "FSDP2 (fully_shard) and unsharded modules with Hugging Face names"
+_WIRE_DTYPES = {torch.bfloat16: torch.bfloat16, torch.float16: torch.float16, torch.float32: torch.bfloat16}
+
+
+class WeightSource(Protocol):
+    @property
+    def tensors(self) -> tuple[TensorSpec, ...]:
+        """All checkpoint tensors, the same on every rank, in the order in which they are to be gathered."""
+
+    def gather(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Collective. The whole tensors on rank 0, in wire precision; what others get is not used."""
+
+    def release(self) -> None:
+        """Drop what `gather` kept for the next call."""
+
+
+class ModuleSource:
+    """The parameters of a module under their checkpoint names.
+
+    Raises:
+        NotImplementedError: Megatron-style or FSDP1 modules.
+        ConfigError: a parameter on the meta device, or of another type than bf16, fp16 or fp32.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        _refuse_foreign(model)
+        self._pieces: dict[str, tuple[nn.Parameter, Piece]] = {}
+        specs = []
+        for raw_name, parameter in model.named_parameters():
+            name = canonical_name(raw_name)
+            if parameter.dtype not in _WIRE_DTYPES or parameter.is_meta:
+                raise ConfigError(
+                    f"{name}: {parameter.dtype} on {parameter.device} cannot be pushed (bf16, fp16, fp32)"
+                )
+            dtype = DTYPE_NAMES[_WIRE_DTYPES[parameter.dtype]]
+            for piece in pieces(name, tuple(parameter.shape)):
+                self._pieces[piece.name] = (parameter, piece)
+                specs.append(TensorSpec.model_validate({"name": piece.name, "shape": piece.shape, "dtype": dtype}))
+        self._tensors = tuple(specs)
+        self._gathered: tuple[nn.Parameter | None, torch.Tensor | None] = (None, None)
+
+    @property
+    def tensors(self) -> tuple[TensorSpec, ...]:
+        return self._tensors
+
+    def gather(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        return {name: self._piece(*self._pieces[name]) for name in names}
+
+    def _piece(self, parameter: nn.Parameter, piece: Piece) -> torch.Tensor:
+        whole = self._whole(parameter)
+        if piece.expert is None:
+            return whole
+        return whole[piece.expert].narrow(0, piece.first_row, piece.shape[0])
+
+    def _whole(self, parameter: nn.Parameter) -> torch.Tensor:
+        """The gathered parameter; kept while its pieces are asked for one after the other."""
+        held, whole = self._gathered
+        if held is not parameter or whole is None:
+            self._gathered = (None, None)
+            with torch.no_grad():
+                local = parameter.detach().to(_WIRE_DTYPES[parameter.dtype])
+                whole = local.full_tensor() if isinstance(local, DTensor) else local
+            self._gathered = (parameter, whole)
+        return whole
+
+    def release(self) -> None:
+        """Drop the last gathered parameter."""
+        self._gathered = (None, None)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A part of a checkpoint tensor that this rank holds.
+
+    `tensor` lies at `offsets` (first element per dimension) of a tensor of `global_shape`.
+    """
+
+    name: str
+    tensor: torch.Tensor
+    global_shape: tuple[int, ...]
+    offsets: tuple[int, ...]
+
+    @property
+    def box(self) -> Box:
+        return tuple((start, start + length) for start, length in zip(self.offsets, self.tensor.shape, strict=True))
+
+
+class ShardSource:
+    """Tensors given as shards: `(HF name, local tensor, global shape, offsets)` on the ranks that hold them.
+
+    A part that several ranks hold alike is taken from the first of them.
+
+    Raises:
+        PlanError: shards that disagree, overlap in part, or leave a hole; all of them are listed.
+    """
+
+    def __init__(self, shards: Iterable[Shard], ranks: TrainerRanks, timeout_s: float) -> None:
+        self._ranks = ranks
+        shards = list(shards)
+        self._mine = {(shard.name, shard.box): shard.tensor.detach() for shard in shards}
+        listing = [
+            [name, list(tensor.shape), [start for start, _ in box], DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype))]
+            for (name, box), tensor in self._mine.items()
+        ]
+        shapes = {shard.name: list(shard.global_shape) for shard in shards}
+        told = [json.loads(t) for t in ranks.tell_all(json.dumps({"shards": listing, "shapes": shapes}), timeout_s)]
+        self._holders: dict[str, dict[Box, int]] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._dtypes: dict[str, torch.dtype] = {}
+        problems: list[str] = []
+        for rank, said in enumerate(told):
+            self._read(rank, said, problems)
+        for name, holders in self._holders.items():
+            problems += _cover_problems(name, self._shapes[name], list(holders))
+        if problems:
+            raise PlanError(f"{len(problems)} shard(s) do not make whole tensors", tuple(problems))
+
+    def _read(self, rank: int, said: dict, problems: list[str]) -> None:
+        for name, shape, offsets, dtype in said["shards"]:
+            whole = tuple(said["shapes"][name])
+            if self._shapes.setdefault(name, whole) != whole:
+                problems.append(f"{name}: rank {rank} says {list(whole)}, another {list(self._shapes[name])}")
+            if DTYPES.get(dtype) not in _WIRE_DTYPES or self._dtypes.setdefault(name, DTYPES[dtype]) != DTYPES[dtype]:
+                problems.append(f"{name}: rank {rank} holds it as {dtype}, which cannot be pushed or differs")
+                continue
+            box = tuple((start, start + length) for start, length in zip(offsets, shape, strict=True))
+            self._holders.setdefault(name, {}).setdefault(box, rank)
+
+    @property
+    def tensors(self) -> tuple[TensorSpec, ...]:
+        return tuple(
+            TensorSpec.model_validate(
+                {"name": n, "shape": self._shapes[n], "dtype": DTYPE_NAMES[_WIRE_DTYPES[self._dtypes[n]]]}
+            )
+            for n in self._holders
+        )
+
+    def gather(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        return {name: self._whole(name) for name in names}
+
+    def release(self) -> None:
+        """Nothing is kept."""
+
+    def _whole(self, name: str) -> torch.Tensor:
+        """Every holder sends its parts to rank 0, in the order that all ranks know."""
+        dtype = _WIRE_DTYPES[self._dtypes[name]]
+        device = next(iter(self._mine.values())).device if self._mine else torch.device("cpu")
+        whole = torch.empty(self._shapes[name] if self._ranks.is_leader else (0,), dtype=dtype, device=device)
+        for box, holder in self._holders[name].items():
+            window = tuple(slice(start, stop) for start, stop in box)
+            if holder == self._ranks.rank:
+                part = self._mine[name, box].to(dtype)
+                if self._ranks.is_leader:
+                    whole[window] = part
+                else:
+                    dist.send(part.contiguous(), dst=0)
+            elif self._ranks.is_leader:
+                part = torch.empty([stop - start for start, stop in box], dtype=dtype, device=device)
+                dist.recv(part, src=holder)
+                whole[window] = part
+        return whole
+
+
+def _cover_problems(name: str, shape: tuple[int, ...], boxes: list[Box]) -> list[str]:
+    if any(len(box) != len(shape) or any(b > full for (_, b), full in zip(box, shape, strict=True)) for box in boxes):
+        return [f"{name}: a shard lies outside of {list(shape)}"]
+    if (hole := uncovered(shape, boxes)) is not None:
+        return [f"{name}: no rank holds its part {hole}"]
+    if (twice := overlapped(shape, boxes)) is not None:
+        return [f"{name}: different shards hold its part {twice}"]
+    return []
+
+
+def _refuse_foreign(model: nn.Module) -> None:
+    for module in model.modules():
+        if type(module).__module__.split(".")[0] == "megatron":
+            raise NotImplementedError(_not_supported("a Megatron module", type(module).__name__))
+        if type(module).__name__ == "FullyShardedDataParallel":
+            raise NotImplementedError(_not_supported("an FSDP1 module", type(module).__name__))
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "tensor_model_parallel") or hasattr(parameter, "partition_dim"):
+            raise NotImplementedError(_not_supported("a Megatron-style tensor-parallel parameter", name))
+
+
+def _not_supported(kind: str, what: str) -> str:
+    return f"{kind} ({what}) cannot be pushed as a model: push takes {_SUPPORTED}. Use FP8Sender.push_shards for it."

@@ -1,0 +1,139 @@
+"""How tensors lie in flat uint8 buckets: deterministic, aligned, a weight and its scale never apart.
+
+Both sides compute the same `Layout` from the manifest, so no offsets travel; `plan_hash` proves that they agree.
+A quantized tensor takes two slots in the same bucket: codes (1 byte an element), then `weight_scale_inv` (fp32).
+A tensor larger than `bucket_bytes` gets a bucket of its own size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+
+import torch
+
+from shared.errors import ConfigError
+from shared.naming import scale_name
+from shared.numerics import scale_shape
+from shared.protocol import PROTOCOL_VERSION, ManifestTensor
+
+ALIGNMENT_BYTES = 128
+DEFAULT_BUCKET_BYTES = 256 << 20
+
+DTYPES: dict[str, torch.dtype] = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "float8_e4m3fn": torch.float8_e4m3fn,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One tensor inside a bucket. `offset_bytes` counts from the start of the bucket."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    offset_bytes: int
+
+    @property
+    def num_bytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+    def view(self, bucket: torch.Tensor) -> torch.Tensor:
+        """The typed view of this slot, `shape`, in `bucket` (flat uint8)."""
+        return bucket[self.offset_bytes : self.offset_bytes + self.num_bytes].view(self.dtype).view(self.shape)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What one tensor of the manifest puts into its bucket: its values, and its scale if it is quantized."""
+
+    tensor: ManifestTensor
+    values: Slot
+    scale: Slot | None
+
+
+@dataclass(frozen=True)
+class Bucket:
+    index: int
+    entries: tuple[Entry, ...]
+    num_bytes: int
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(entry.tensor.name for entry in self.entries)
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        return tuple(slot for entry in self.entries for slot in (entry.values, entry.scale) if slot is not None)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All buckets of a push, in the order in which they are sent."""
+
+    tensors: tuple[ManifestTensor, ...]
+    bucket_bytes: int
+    buckets: tuple[Bucket, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(bucket.num_bytes for bucket in self.buckets)
+
+    @property
+    def largest_bucket_bytes(self) -> int:
+        return max(bucket.num_bytes for bucket in self.buckets)
+
+    @cached_property
+    def plan_hash(self) -> str:
+        """SHA-256, hex, over protocol version, manifest and bucket rule: equal on both sides or nothing is sent."""
+        body = [PROTOCOL_VERSION, ALIGNMENT_BYTES, self.bucket_bytes, [t.model_dump(mode="json") for t in self.tensors]]
+        return hashlib.sha256(json.dumps(body, separators=(",", ":"), sort_keys=True).encode()).hexdigest()
+
+
+def make_layout(tensors: Sequence[ManifestTensor], bucket_bytes: int = DEFAULT_BUCKET_BYTES) -> Layout:
+    """Lay `tensors` out, in their order, in buckets of at most `bucket_bytes` (larger tensors alone).
+
+    Raises:
+        ConfigError: no tensors, two of one name, or a bucket smaller than the alignment.
+    """
+    if bucket_bytes < ALIGNMENT_BYTES:
+        raise ConfigError(f"bucket_bytes={bucket_bytes} is smaller than the alignment of {ALIGNMENT_BYTES}")
+    if not tensors:
+        raise ConfigError("nothing to send: the model has no tensors")
+    if len({tensor.name for tensor in tensors}) != len(tensors):
+        raise ConfigError("two tensors have the same name")
+    buckets: list[Bucket] = []
+    entries: list[Entry] = []
+    end = 0
+    for tensor in tensors:
+        entry, next_end = _place(tensor, end)
+        if entries and next_end > bucket_bytes:
+            buckets.append(Bucket(len(buckets), tuple(entries), end))
+            entries = []
+            entry, next_end = _place(tensor, 0)
+        entries.append(entry)
+        end = next_end
+    buckets.append(Bucket(len(buckets), tuple(entries), end))
+    return Layout(tuple(tensors), bucket_bytes, tuple(buckets))
+
+
+def _place(tensor: ManifestTensor, offset_bytes: int) -> tuple[Entry, int]:
+    values = Slot(tensor.name, tensor.shape, DTYPES[tensor.dtype], offset_bytes)
+    end = _aligned(values.offset_bytes + values.num_bytes)
+    if not tensor.quantized:
+        return Entry(tensor, values, None), end
+    rows, cols = tensor.shape
+    scale = Slot(scale_name(tensor.name), scale_shape(rows, cols), torch.float32, end)
+    return Entry(tensor, values, scale), _aligned(scale.offset_bytes + scale.num_bytes)
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES

@@ -1,0 +1,93 @@
+"""Which part of a tensor a strided view touches, and whether a set of such parts covers the whole.
+
+A box is a tuple of (start, stop) per dimension. Views that are no boxes (overlapping, diagonal) are refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from math import prod
+
+import numpy as np
+
+Box = tuple[tuple[int, int], ...]
+
+
+def box_of(shape: Sequence[int], offset: int, size: Sequence[int], stride: Sequence[int]) -> Box | None:
+    """The box of a contiguous tensor of `shape` that the view (offset, size, stride; in elements) touches.
+
+    Returns None where the view is not a box of that tensor. A transposed view is a box: its dimensions are matched
+    to those of the tensor by stride.
+    """
+    strides = [prod(shape[dim + 1 :]) for dim in range(len(shape))]
+    starts, left = [], offset
+    for dim, step in enumerate(strides):
+        start = left // step if step else 0
+        if shape[dim] and start >= shape[dim]:
+            return None
+        starts.append(start)
+        left -= start * step
+    extent = [1] * len(shape)
+    for length, step in zip(size, stride, strict=True):
+        if length == 1:
+            continue
+        dims = [d for d, s in enumerate(strides) if s == step and shape[d] != 1 and extent[d] == 1]
+        if dims:
+            extent[dims[0]] = length
+            continue
+        split = _split_merged(shape, strides, extent, length, step)
+        if split is None:
+            return None
+        for dim, part in split:
+            extent[dim] = part
+    if prod(extent) != prod(size):
+        return None
+    box = tuple((start, start + length) for start, length in zip(starts, extent, strict=True))
+    return box if all(stop <= full for (_, stop), full in zip(box, shape, strict=True)) else None
+
+
+def _split_merged(
+    shape: Sequence[int], strides: Sequence[int], extent: Sequence[int], length: int, step: int
+) -> list[tuple[int, int]] | None:
+    """A flattened view walks over several whole trailing dimensions with the stride of the innermost one."""
+    inner = [d for d, s in enumerate(strides) if s == step and shape[d] != 1]
+    if not inner:
+        return None
+    parts: list[tuple[int, int]] = []
+    for dim in range(inner[0], -1, -1):
+        if length <= shape[dim]:
+            return [*parts, (dim, length)] if extent[dim] == 1 else None
+        if length % shape[dim] or extent[dim] != 1:
+            return None
+        parts.append((dim, shape[dim]))
+        length //= shape[dim]
+    return None
+
+
+def uncovered(shape: Sequence[int], boxes: Iterable[Box]) -> Box | None:
+    """A box of `shape` that none of `boxes` touches, or None where they cover it all."""
+    counts, cuts = _grid(shape, boxes)
+    return _cell(cuts, np.argwhere(counts == 0))
+
+
+def overlapped(shape: Sequence[int], boxes: Iterable[Box]) -> Box | None:
+    """A box of `shape` that two of `boxes` touch, or None where they are disjoint."""
+    counts, cuts = _grid(shape, boxes)
+    return _cell(cuts, np.argwhere(counts > 1))
+
+
+def _grid(shape: Sequence[int], boxes: Iterable[Box]) -> tuple[np.ndarray, list[list[int]]]:
+    """How many boxes touch each cell of the grid that all their borders cut."""
+    boxes = list(boxes)
+    cuts = [sorted({0, full, *(edge for box in boxes for edge in box[dim])}) for dim, full in enumerate(shape)]
+    index = [{edge: i for i, edge in enumerate(edges)} for edges in cuts]
+    counts = np.zeros([len(edges) - 1 for edges in cuts], dtype=np.int32)
+    for box in boxes:
+        counts[tuple(slice(index[dim][start], index[dim][stop]) for dim, (start, stop) in enumerate(box))] += 1
+    return counts, cuts
+
+
+def _cell(cuts: list[list[int]], cells: np.ndarray) -> Box | None:
+    if not len(cells):
+        return None
+    return tuple((cuts[dim][int(i)], cuts[dim][int(i) + 1]) for dim, i in enumerate(cells[0]))

@@ -1,0 +1,39 @@
+"""Data planes: how flat uint8 buckets get from the sender to every receiver rank. One file each, both halves.
+
+A plane is opened from a `Rendezvous`, on the sender with `open_sender`, on each receiver rank with `open_receiver`.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from shared.protocol import Rendezvous
+
+
+class SendHalf(Protocol):
+    def send(self, bucket: torch.Tensor) -> None:
+        """Send `bucket` (flat uint8) to every receiver. On return the buffer may be reused."""
+
+    def close(self) -> None:
+        """Leave the plane; a receiver that still waits gets an error. Idempotent."""
+
+
+class ReceiveHalf(Protocol):
+    def receive(self, bucket: torch.Tensor, timeout_s: float) -> None:
+        """Fill `bucket` (flat uint8, of the size that was sent)."""
+
+    def close(self) -> None:
+        """Leave the plane. Idempotent."""
+
+
+def open_receiver(rendezvous: Rendezvous, rank: int) -> ReceiveHalf:
+    """Join as receiver number `rank` (0 is the first rank of the first server); blocks until all have joined."""
+    if rendezvous.plane == "memory":
+        from shared.planes.memory import MemoryReceiver
+
+        return MemoryReceiver(rendezvous, rank)
+    from shared.planes.distributed import GroupReceiver
+
+    return GroupReceiver(rendezvous, rank)

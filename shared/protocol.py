@@ -1,0 +1,235 @@
+"""The wire schema: one FP8 configuration and every control message, as strict pydantic models.
+
+Order of messages in the life of a sender (S = sender, rank 0 of the trainer; R = every rank of a server):
+
+    once          S -> R  Describe            what are you, which version do you serve
+                  S -> R  Offer               these are my tensors; R traces its model and answers with a manifest
+                  S -> R  Open                join my data plane; receive buffers and staging are made here
+    every push    S -> R  Begin               version v comes now (R receives in the background and keeps serving)
+                  S => R  flat uint8 buckets  on the data plane
+                  S -> R  Verify              these are the digests; R compares and is STAGED
+                  S -> R  Commit              copy in place, publish v
+                  S -> R  Abort               instead of Verify or Commit: forget v, keep serving what you have
+    at the end    S -> R  Close
+
+Messages travel as JSON. Unknown fields, wrong types and other protocol versions are refused.
+Changing a golden byte in `tests/test_protocol.py` means raising `PROTOCOL_VERSION`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from shared.errors import ConfigError, IncompatibleServerError
+
+PROTOCOL_VERSION = 1
+MIN_SGLANG_VERSION = "0.5.16"
+
+DTypeName = Literal["bfloat16", "float16", "float32", "float8_e4m3fn"]
+PlaneName = Literal["gloo", "memory"]
+ServerState = Literal["FENCED", "SERVING", "RECEIVING", "STAGED"]
+
+
+class _Wire(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class FP8BlockConfig(_Wire):
+    """How weights are quantized; one object drives server arguments, sender and manifest.
+
+    `None` in place of this object means that FP8 is off. `modules_to_not_convert` holds module paths (`lm_head`,
+    `model.layers.0.mlp`): a listed module and all below it stay in BF16.
+    """
+
+    block_size: tuple[Literal[128], Literal[128]] = (128, 128)
+    dtype: Literal["float8_e4m3fn"] = "float8_e4m3fn"
+    scale_fmt: Literal["fp32", "ue8m0"] = "fp32"
+    zero_scale: Literal["one", "floor"] = "one"
+    modules_to_not_convert: tuple[str, ...] = ()
+
+    def to_hf(self) -> dict[str, Any]:
+        """Hugging Face's `quantization_config` for a checkpoint quantized with this configuration."""
+        config: dict[str, Any] = {
+            "quant_method": "fp8",
+            "activation_scheme": "dynamic",
+            "fmt": "e4m3",
+            "weight_block_size": list(self.block_size),
+        }
+        if self.scale_fmt != "fp32":
+            config["scale_fmt"] = self.scale_fmt
+        if self.modules_to_not_convert:
+            config["modules_to_not_convert"] = list(self.modules_to_not_convert)
+        return config
+
+    @classmethod
+    def from_hf(cls, quantization_config: Mapping[str, Any] | None) -> FP8BlockConfig | None:
+        """The configuration that a Hugging Face `quantization_config` describes; empty or `None` means off.
+
+        Raises:
+            ConfigError: the method is not `fp8`, or blocks, activation scheme or format are not the supported ones.
+        """
+        if not quantization_config:
+            return None
+        hf = dict(quantization_config)
+        wanted = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+        wrong = [f"{key}={hf.get(key)!r} (need {value!r})" for key, value in wanted.items() if hf.get(key) != value]
+        if hf.get("fmt", "e4m3") != "e4m3":
+            wrong.append(f"fmt={hf['fmt']!r} (need 'e4m3')")
+        if hf.get("scale_fmt") not in (None, "ue8m0"):
+            wrong.append(f"scale_fmt={hf['scale_fmt']!r} (need 'ue8m0' or none)")
+        if wrong:
+            raise ConfigError(f"quantization_config is not 128x128 block FP8: {', '.join(wrong)}")
+        return cls(
+            scale_fmt="ue8m0" if hf.get("scale_fmt") == "ue8m0" else "fp32",
+            modules_to_not_convert=tuple(hf.get("modules_to_not_convert") or ()),
+        )
+
+
+class TensorSpec(_Wire):
+    """A tensor as the trainer names it. `shape` is the whole (unsharded) shape, `dtype` that of the wire."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: DTypeName
+
+
+class ManifestTensor(TensorSpec):
+    """A tensor as the server wants it. `quantized`: codes of `dtype` plus `weight_scale_inv`, fp32, on the wire."""
+
+    quantized: bool
+
+
+class Rendezvous(_Wire):
+    """Where and as whom to join the data plane. Ranks of the plane: sender 0, then every server rank in order."""
+
+    plane: PlaneName
+    host: str
+    port: int
+    key: str
+    world_size: int
+    first_rank: int
+    timeout_s: float
+
+
+class Describe(_Wire):
+    kind: Literal["describe"] = "describe"
+    protocol: int = PROTOCOL_VERSION
+
+
+class Offer(_Wire):
+    kind: Literal["offer"] = "offer"
+    protocol: int = PROTOCOL_VERSION
+    config: FP8BlockConfig
+    tensors: tuple[TensorSpec, ...]
+
+
+class Open(_Wire):
+    kind: Literal["open"] = "open"
+    sender: str
+    session: str
+    incarnation: str
+    plan_hash: str
+    bucket_bytes: int
+    rendezvous: Rendezvous
+
+
+class Begin(_Wire):
+    kind: Literal["begin"] = "begin"
+    session: str
+    version: int
+    deadline_s: float
+
+
+class Verify(_Wire):
+    kind: Literal["verify"] = "verify"
+    session: str
+    version: int
+    digests: tuple[int, ...]
+
+
+class Commit(_Wire):
+    kind: Literal["commit"] = "commit"
+    session: str
+    version: int
+    drain_s: float
+
+
+class Abort(_Wire):
+    kind: Literal["abort"] = "abort"
+    session: str
+    version: int
+    reason: str
+
+
+class Close(_Wire):
+    kind: Literal["close"] = "close"
+    session: str
+
+
+class Probe(_Wire):
+    """SHA-256 of the raw bytes of every parameter and buffer, per rank; for proofs, never part of a push."""
+
+    kind: Literal["probe"] = "probe"
+
+
+ControlMessage = Annotated[
+    Describe | Offer | Open | Begin | Verify | Commit | Abort | Close | Probe, Field(discriminator="kind")
+]
+
+
+class ServerInfo(_Wire):
+    """What a server says of itself."""
+
+    protocol: int
+    sglang_version: str
+    incarnation: str
+    num_ranks: int
+    block_size: tuple[int, int] | None
+    device: str
+    compute_capability: str
+    gemm_backend: str
+    moe_backend: str
+
+
+class WireError(_Wire):
+    """An error of `shared.errors` on its way to the trainer."""
+
+    kind: str
+    message: str
+    problems: tuple[str, ...] = ()
+
+
+class Reply(_Wire):
+    """The answer of a server to any control message. Success is `error is None`; nothing else is."""
+
+    state: ServerState
+    version: int
+    fence: str | None
+    error: WireError | None = None
+    info: ServerInfo | None = None
+    manifest: tuple[ManifestTensor, ...] | None = None
+    plan_hash: str | None = None
+    probe: tuple[dict[str, str], ...] | None = None
+
+
+_MESSAGE: TypeAdapter[Any] = TypeAdapter(ControlMessage)
+
+
+def decode_message(data: bytes | str) -> Any:
+    """The control message in `data`.
+
+    Raises:
+        ConfigError: not one of the messages of this protocol version.
+    """
+    try:
+        message = _MESSAGE.validate_json(data)
+    except ValidationError as error:
+        raise ConfigError(f"not a control message of protocol {PROTOCOL_VERSION}: {error}") from error
+    if getattr(message, "protocol", PROTOCOL_VERSION) != PROTOCOL_VERSION:
+        raise IncompatibleServerError(
+            f"the sender speaks protocol {message.protocol}, this server {PROTOCOL_VERSION}: install one fp8sync on both"
+        )
+    return message

@@ -1,0 +1,362 @@
+"""The whole flow over the in-memory plane: what is served afterwards, and what every kind of bad input leaves behind."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from receiver_plugin.binding import trace
+from receiver_plugin.manifest import wire_sources
+from receiver_plugin.probe import fingerprint
+from receiver_plugin.receiver import Receiver, SingleRank
+from sender import FP8BlockConfig, FP8Sender, Shard
+from sender.control import InProcessControl
+from sender.fleet import Fleet
+from sender.quantize import quantize
+from shared import errors, protocol
+from shared.planes.memory import MemoryPlane
+from tests.tiny_models import FakeEngine, Served, Trainer
+
+
+class Server:
+    def __init__(self, fence: str | None = None, name: str = "server") -> None:
+        self.model, self.engine = Served(), FakeEngine()
+        self.receiver = Receiver(self.model, self.engine, SingleRank(), fence)
+        self.control = InProcessControl(name, self.receiver.handle)
+
+    @property
+    def version(self) -> int:
+        return self.receiver.handle(protocol.Describe()).version
+
+
+def expected(model: torch.nn.Module) -> dict[str, str]:
+    """Fingerprints of a server that loaded the quantized checkpoint of `model` through its own loader."""
+    served = Served()
+    served.load_weights(checkpoint(model))
+    return fingerprint(served)
+
+
+def checkpoint(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, parameter in model.named_parameters():
+        if "proj" in name:
+            codes, scale = quantize(parameter.detach(), name=name)
+            yield from ((name, codes), (name + "_scale_inv", scale))
+        else:
+            yield name, parameter.detach().to(torch.bfloat16)
+
+
+@pytest.fixture
+def server() -> Server:
+    return Server()
+
+
+@pytest.fixture
+def sender(server: Server) -> Iterator[FP8Sender]:
+    with FP8Sender([server.control], plane="memory", timeout_s=5.0, bucket_bytes=64 << 10) as made:
+        yield made
+
+
+def faulty(sender: FP8Sender, on_send: Callable) -> None:
+    """Put `on_send` on the plane of the next session."""
+    fleet: Fleet = sender._fleet
+    fleet._make_memory_plane = lambda rendezvous: MemoryPlane(rendezvous, on_send)
+
+
+def test_served_bytes_equal_a_checkpoint_load(server: Server, sender: FP8Sender) -> None:
+    model = Trainer()
+    addresses = {name: p.data_ptr() for name, p in server.model.named_parameters()}
+    report = sender.push(model)
+    assert fingerprint(server.model) == expected(model)
+    assert report.version == server.version == 1
+    assert server.engine.published == [0, 1]
+    assert report.num_tensors == len(list(model.parameters())) and report.num_quantized == 14
+    assert report.num_buckets > 3 and report.wire_bytes < report.bf16_bytes
+    assert {name: p.data_ptr() for name, p in server.model.named_parameters()} == addresses
+
+
+def test_second_push_reuses_the_plan(server: Server, sender: FP8Sender) -> None:
+    sender.push(Trainer(seed=1))
+    plan, session = sender._planned, sender._fleet._session
+    model = Trainer(seed=2)
+    assert sender.push(model).version == 2
+    assert sender._planned is plan and sender._fleet._session == session
+    assert fingerprint(server.model) == expected(model)
+
+
+def test_masters_in_fp32_are_pushed_as_bf16(server: Server, sender: FP8Sender) -> None:
+    masters = Trainer(dtype=torch.float32)
+    before = {name: p.clone() for name, p in masters.named_parameters()}
+    sender.push(masters)
+    assert all(torch.equal(p, before[name]) for name, p in masters.named_parameters())
+    assert fingerprint(server.model) == expected(masters.to(torch.bfloat16))
+
+
+def test_fenced_until_the_first_full_push() -> None:
+    server = Server(fence="no weights in the folder")
+    assert server.receiver.state == "FENCED"
+    with FP8Sender([server.control], plane="memory", timeout_s=5.0) as sender:
+        sender.push(Trainer())
+    assert server.receiver.state == "SERVING"
+
+
+def test_push_async_sends_the_weights_of_the_call(server: Server, sender: FP8Sender) -> None:
+    model = Trainer()
+    wanted = expected(model)
+    handle = sender.push_async(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    with pytest.raises(errors.ConfigError, match="under way"):
+        sender.push(model)
+    assert handle.wait().version == 1
+    assert fingerprint(server.model) == wanted
+
+
+def test_push_shards_puts_parts_together(server: Server, sender: FP8Sender) -> None:
+    model, shards = Trainer(), []
+    for name, parameter in model.named_parameters():
+        half = parameter.shape[0] // 2
+        rest = (0,) * (parameter.dim() - 1)
+        shards.append(Shard(name, parameter[:half], tuple(parameter.shape), (0, *rest)))
+        shards.append(Shard(name, parameter[half:], tuple(parameter.shape), (half, *rest)))
+    sender.push_shards(shards)
+    assert fingerprint(server.model) == expected(model)
+    with pytest.raises(errors.PlanError, match="no rank holds"):
+        sender.push_shards(shards[1:])
+
+
+def test_two_servers_get_the_same() -> None:
+    servers = [Server(name="a"), Server(name="b")]
+    with FP8Sender([s.control for s in servers], plane="memory", timeout_s=5.0) as sender:
+        sender.push(Trainer())
+    assert fingerprint(servers[0].model) == fingerprint(servers[1].model) == expected(Trainer())
+
+
+# Bad input: a named error, the served weights as they were, and the next good push succeeds.
+
+
+def assert_refused(server: Server, sender: FP8Sender, model: torch.nn.Module, error: type, match: str) -> None:
+    before, version = fingerprint(server.model), server.version
+    with pytest.raises(error, match=match):
+        sender.push(model)
+    assert fingerprint(server.model) == before
+    assert server.version == version and server.receiver.state == "SERVING"
+
+
+def assert_heals(server: Server, sender: FP8Sender) -> None:
+    model = Trainer(seed=77)
+    sender.push(model)
+    assert fingerprint(server.model) == expected(model)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"])
+def test_non_finite_weights_are_all_named(server: Server, sender: FP8Sender, value: float, name: str) -> None:
+    model = Trainer()
+    with torch.no_grad():
+        model.get_parameter(name)[3, 5] = value
+        model.get_parameter("model.layers.0.input_layernorm.weight")[1] = value
+    before = fingerprint(server.model)
+    with pytest.raises(errors.NonFiniteWeightError) as caught:
+        sender.push(model)
+    assert set(caught.value.names) == {name, "model.layers.0.input_layernorm.weight"}
+    assert fingerprint(server.model) == before
+    assert_heals(server, sender)
+
+
+def test_extra_and_missing_tensors_are_all_listed(server: Server, sender: FP8Sender) -> None:
+    model = Trainer()
+    model.model.adapter = torch.nn.Linear(8, 8, bias=False, dtype=torch.bfloat16)
+    del model.model.layers[1].mlp.down_proj
+    del model.model.layers[0].self_attn.k_proj
+    with pytest.raises(errors.PlanError) as caught:
+        sender.push(model)
+    text = str(caught.value)
+    assert "model.adapter.weight [8, 8]: the server has no place for it" in text
+    assert "model.layers.1.mlp.down_proj.weight [192, 256]: the server needs it and got nothing for it" in text
+    assert "model.layers.0.self_attn.qkv_proj.weight [512, 192]: nothing arrives for its part [256:384, 0:192]" in text
+    assert_heals(server, sender)
+
+
+def test_wrong_shapes_are_all_listed(server: Server, sender: FP8Sender) -> None:
+    model = Trainer()
+    model.model.layers[0].mlp.down_proj = torch.nn.Linear(256, 191, bias=False, dtype=torch.bfloat16)
+    model.model.layers[1].self_attn.q_proj = torch.nn.Linear(192, 300, bias=False, dtype=torch.bfloat16)
+    with pytest.raises(errors.PlanError) as caught:
+        sender.push(model)
+    text = str(caught.value)
+    assert "layers.0.mlp.down_proj.weight: the model's loader refused it" in text
+    assert "layers.1.self_attn.q_proj.weight [300, 192]: the server has no place for its part [256:300, 0:192]" in text
+    assert_heals(server, sender)
+
+
+def test_wrong_element_type_is_refused(server: Server, sender: FP8Sender) -> None:
+    assert_refused(server, sender, Trainer(dtype=torch.float16), errors.PlanError, "arrives as float16, the server")
+
+
+def test_servers_that_cannot_take_part(server: Server, sender: FP8Sender) -> None:
+    server.engine.block_size = (64, 64)
+    assert_refused(server, sender, Trainer(), errors.IncompatibleServerError, r"blocks of \[64, 64\]")
+    server.engine.block_size = None
+    assert_refused(server, sender, Trainer(), errors.IncompatibleServerError, "no block FP8")
+    server.engine.block_size, server.engine.sglang_version = (128, 128), "0.5.15"
+    assert_refused(server, sender, Trainer(), errors.IncompatibleServerError, "older than 0.5.16")
+    server.engine.sglang_version, server.engine.unsafe_reasons = "0.5.16", ["layer 3 is packed for AMX"]
+    assert_refused(server, sender, Trainer(), errors.IncompatibleServerError, "layer 3 is packed for AMX")
+    server.engine.unsafe_reasons = []
+    assert_heals(server, sender)
+
+
+def test_configuration_must_match_the_server(server: Server) -> None:
+    config = FP8BlockConfig(modules_to_not_convert=("model.layers.0.mlp",))
+    with FP8Sender([server.control], plane="memory", config=config, timeout_s=5.0) as sender:
+        assert_refused(server, sender, Trainer(), errors.PlanError, "holds it in FP8, the configuration means BF16")
+
+
+def flip(index: int, bucket: torch.Tensor) -> Iterator[torch.Tensor]:
+    if index == 1:
+        bucket[17] ^= 1
+    yield bucket
+
+
+def test_a_flipped_bit_is_found(server: Server, sender: FP8Sender) -> None:
+    faulty(sender, flip)
+    assert_refused(server, sender, Trainer(), errors.TransferError, r"bucket\(s\) \[1\]")
+    sender._fleet._make_memory_plane = MemoryPlane
+    assert_heals(server, sender)
+
+
+def short(index: int, bucket: torch.Tensor) -> Iterator[torch.Tensor]:
+    yield bucket[:-128] if index == 2 else bucket
+
+
+def lost(index: int, bucket: torch.Tensor) -> Iterator[torch.Tensor]:
+    if index != 2:
+        yield bucket
+
+
+def twice(index: int, bucket: torch.Tensor) -> Iterator[torch.Tensor]:
+    yield bucket
+    if index == 2:
+        yield bucket
+
+
+@pytest.mark.parametrize(
+    ("fault", "match"),
+    [(short, "bytes arrived, expected"), (lost, "bytes arrived, expected|deadline"), (twice, "bytes arrived, expected")],
+)
+def test_buckets_short_lost_or_repeated(server: Server, fault: Callable, match: str) -> None:
+    with FP8Sender([server.control], plane="memory", timeout_s=1.0, bucket_bytes=64 << 10) as sender:
+        faulty(sender, fault)
+        assert_refused(server, sender, Trainer(), errors.TransferError, match)
+        sender._fleet._make_memory_plane = MemoryPlane
+        assert_heals(server, sender)
+
+
+def test_two_senders_at_once(server: Server, sender: FP8Sender) -> None:
+    sender.prepare(Trainer())
+    sender._fleet.survey()
+    sender._fleet.begin(1)  # the first sender is in the middle of a push
+    with (
+        FP8Sender([server.control], plane="memory", timeout_s=5.0) as second,
+        pytest.raises(errors.ServerBusyError, match="in the middle of a push"),
+    ):
+        second.push(Trainer())
+    assert server.receiver.state == "RECEIVING"
+
+
+def test_a_sender_that_was_displaced_is_told_once(server: Server, sender: FP8Sender) -> None:
+    sender.push(Trainer(seed=1))
+    with FP8Sender([server.control], plane="memory", timeout_s=5.0) as second:
+        second.push(Trainer(seed=2))
+        with pytest.raises(errors.SessionLostError, match="took over"):
+            sender.push(Trainer(seed=3))
+    assert_heals(server, sender)
+
+
+def test_a_dead_senders_stage_expires(server: Server) -> None:
+    with FP8Sender([server.control], plane="memory", timeout_s=0.2) as sender:
+        sender.prepare(Trainer())
+        sender._fleet.begin(1)
+        assert server.receiver.state == "RECEIVING"
+        time.sleep(0.3)
+        server.receiver.handle(protocol.Describe())
+        assert server.receiver.state == "SERVING"
+        sender._fleet.fail(RuntimeError("the test is over"))
+
+
+@pytest.mark.parametrize("version", [1, 0, -4])
+def test_stale_versions_are_refused(server: Server, sender: FP8Sender, version: int) -> None:
+    sender.push(Trainer(seed=1))
+    with pytest.raises(errors.StaleVersionError):
+        sender.push(Trainer(seed=2), version=version)
+    assert server.version == 1
+    assert sender.push(Trainer(seed=2), version=10).version == 10
+
+
+def test_a_restarted_server_is_planned_anew(server: Server, sender: FP8Sender) -> None:
+    sender.push(Trainer())
+    server.receiver = Receiver(server.model, server.engine, SingleRank(), "restarted")
+    server.control._handle = server.receiver.handle
+    assert_heals(server, sender)
+    assert server.receiver.state == "SERVING"
+
+
+def test_requests_still_running_at_commit_leave_all_untouched(server: Server, sender: FP8Sender) -> None:
+    server.engine.idle = False
+    assert_refused(server, sender, Trainer(), errors.CommitError, "requests are still running")
+    server.engine.idle = True
+    assert_heals(server, sender)
+
+
+def test_a_copy_that_fails_fences_and_the_next_push_heals(server: Server, sender: FP8Sender) -> None:
+    def broken() -> None:
+        raise RuntimeError("device lost")
+
+    server.engine.on_synchronize = broken
+    with pytest.raises(errors.CommitError, match=r"fenced.*device lost"):
+        sender.push(Trainer())
+    assert server.receiver.state == "FENCED"
+    server.engine.on_synchronize = lambda: None
+    assert_heals(server, sender)
+    assert server.receiver.state == "SERVING"
+
+
+def test_a_parameter_that_moved_is_found(server: Server, sender: FP8Sender) -> None:
+    sender.push(Trainer(seed=1))
+    moved = next(iter(server.model.parameters()))
+    moved.data = moved.data.clone()
+    assert_refused(server, sender, Trainer(seed=2), errors.SessionLostError, "moved in memory")
+    assert_heals(server, sender)
+
+
+def test_megatron_style_models_are_pointed_to_push_shards(sender: FP8Sender) -> None:
+    model = Trainer()
+    model.model.embed_tokens.weight.tensor_model_parallel = True
+    with pytest.raises(NotImplementedError, match=r"FSDP2.*push_shards"):
+        sender.push(model)
+
+
+def test_a_plan_writes_nothing() -> None:
+    served = Served()
+    before = fingerprint(served)
+    tensors = [
+        protocol.ManifestTensor(name=n, shape=tuple(p.shape), dtype="bfloat16", quantized=False)
+        for n, p in Trainer().named_parameters()
+    ]
+    trace(served, wire_sources(tensors))
+    assert fingerprint(served) == before
+
+
+@pytest.mark.parametrize("servers", [[], "http://127.0.0.1:1", ["ftp://x"], ["127.0.0.1:30000"]])
+def test_servers_argument_is_checked(servers: object) -> None:
+    with pytest.raises(errors.ConfigError):
+        FP8Sender(servers)  # type: ignore[arg-type]
+
+
+def test_an_unreachable_server() -> None:
+    with FP8Sender(["http://127.0.0.1:9"], timeout_s=2.0) as sender, pytest.raises(errors.ServerUnreachableError):
+        sender.push(Trainer())
