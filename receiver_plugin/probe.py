@@ -6,9 +6,12 @@ Used by proofs, on servers that were pushed to and on servers that loaded a chec
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import torch
 from torch import nn
+
+from shared import protocol as wire
 
 
 def fingerprint(model: nn.Module) -> dict[str, str]:
@@ -22,3 +25,17 @@ def _sha256(tensor: torch.Tensor) -> str:
     if tensor.numel():
         found.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
+
+
+class ProbeOnly:
+    """Answers probes and nothing else: for servers that were started without `--load-plugin`."""
+
+    def __init__(self, model: nn.Module, ranks: Any) -> None:
+        self._model, self._ranks = model, ranks
+
+    def handle(self, message: Any) -> wire.Reply:
+        if isinstance(message, wire.Probe):
+            found = tuple(self._ranks.gather(fingerprint(self._model)))
+            return wire.Reply(state="SERVING", version=0, fence=None, probe=found)
+        error = wire.WireError(kind="IncompatibleServerError", message="started without --load-plugin fp8sync")
+        return wire.Reply(state="SERVING", version=0, fence=None, error=error)

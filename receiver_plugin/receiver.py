@@ -229,7 +229,7 @@ class Receiver:
         if moved := session.staging.check_addresses():
             raise CommitError(f"{moved} moved in memory while version {transfer.version} was staged; nothing was touched")
         if not self._engine.flush_cache():
-            raise CommitError("requests are still running; nothing was touched")
+            raise ServerBusyError("requests are still running; nothing was touched")
 
     def _copy(self, session: Session) -> None:
         self._engine.synchronize()

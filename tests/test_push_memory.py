@@ -307,7 +307,7 @@ def test_a_restarted_server_is_planned_anew(server: Server, sender: FP8Sender) -
 
 def test_requests_still_running_at_commit_leave_all_untouched(server: Server, sender: FP8Sender) -> None:
     server.engine.idle = False
-    assert_refused(server, sender, Trainer(), errors.CommitError, "requests are still running")
+    assert_refused(server, sender, Trainer(), errors.ServerBusyError, "requests are still running")
     server.engine.idle = True
     assert_heals(server, sender)
 
