@@ -28,7 +28,7 @@ help:
 	@echo 'make clean  remove caches and outputs; the environment stays'
 
 demo: env
-	@"$$VENV/bin/python" examples/demo.py
+	@"$$VENV/bin/python" -m examples.demo
 
 test: lint
 	@echo '== tests'

@@ -1,6 +1,6 @@
 """A Qwen3 small enough for two CPU cores, from a configuration and a seed. Nothing is downloaded.
 
-Its sizes are chosen to be awkward where SGLang allows it: a hidden size of 320 (two and a half blocks) and a
+Its sizes are chosen to be awkward where SGLang allows it: a hidden size of 192 (one and a half blocks) and a
 vocabulary of 1000 (padded by the server).
 """
 
@@ -16,7 +16,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 SEED = 20260731
 CONFIG: dict[str, Any] = {
-    "hidden_size": 320,
+    "hidden_size": 192,
     "intermediate_size": 384,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
