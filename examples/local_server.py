@@ -133,5 +133,5 @@ def _kill_group(group: int) -> None:
 
 def _clean_environment() -> dict[str, str]:
     """Without a torchrun job's rendezvous, which SGLang would take for its own and wait in for ever."""
-    gone = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK"}
+    gone = {"TRITON_INTERPRET", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK"}
     return {k: v for k, v in os.environ.items() if k not in gone and not k.startswith("TORCHELASTIC_")}

@@ -144,6 +144,8 @@ class _Recorder(TorchDispatchMode):
         name, parameter = self._source_of.get(_storage(source)), self._parameter_of.get(_storage(target))
         if name is None or parameter is None:
             return False
+        if target.numel() == 0:  # a rank that holds none of a padded vocabulary's last rows
+            return True
         source = source.expand(target.shape) if source.shape != target.shape else source
         self._copies.append(Copy(name, _view(source), parameter, self._view_of(parameter, target)))
         return True
@@ -152,6 +154,8 @@ class _Recorder(TorchDispatchMode):
         parameter = self._parameter_of.get(_storage(args[0]))
         if parameter is None or (len(args) > 1 and isinstance(args[1], torch.Tensor)):
             return False
+        if args[0].numel() == 0:
+            return True
         value = 0.0 if packet is torch.ops.aten.zero_ else float(args[1])
         self._fills.append(Fill(parameter, self._view_of(parameter, args[0]), value))
         return True

@@ -122,7 +122,7 @@ class Receiver:
     def handle(self, message: Any) -> wire.Reply:
         """Answer one control message. Never raises: an error becomes part of the reply."""
         try:
-            self._expire()
+            self._drop_dead_transfer()
             with torch.inference_mode(False), torch.no_grad():
                 return self._reply(**self._handlers[type(message)](message))
         except Fp8SyncError as error:
@@ -216,11 +216,11 @@ class Receiver:
             self._collect(lambda: self._copy(session))
         except Fp8SyncError as error:
             self._fence = f"version {message.version} was copied in part only: {error}"
-            session.end_transfer()
+            session.end_transfer(self._fence)
             raise CommitError(f"the server is fenced: {self._fence}") from error
         self._version, self._fence = message.version, None
         self._engine.publish(message.version)
-        session.end_transfer()
+        session.end_transfer("committed")
         return {}
 
     def _ready_to_commit(self, session: Session, transfer: Any) -> None:
@@ -241,7 +241,7 @@ class Receiver:
         session = self._session_of(message.session)
         if session.transfer is not None and session.transfer.version == message.version:
             logger.warning("fp8sync: version %d aborted by the sender: %s", message.version, message.reason)
-            session.end_transfer()
+            session.end_transfer(f"aborted by the sender: {message.reason}")
         return {}
 
     # At the end
@@ -285,15 +285,16 @@ class Receiver:
         if incarnation != self._incarnation:
             raise SessionLostError("the server restarted since you planned: plan anew")
 
-    def _expire(self) -> None:
-        """A sender that died holds nothing: its stage is void once its deadline has passed, on all ranks alike."""
-        transfer = self._session.transfer if self._session else None
-        if transfer is None:
+    def _drop_dead_transfer(self) -> None:
+        """A sender that died holds nothing: its stage is void, on all ranks alike, once its connection broke or its
+        deadline passed on one of them."""
+        session = self._session
+        if session is None or session.transfer is None:
             return
-        if any(self._ranks.gather(transfer.expired())):
-            logger.warning("fp8sync: version %d expired before its commit", transfer.version)
-            assert self._session is not None
-            self._session.end_transfer()
+        reason = next((why for why in self._ranks.gather(session.transfer.dead()) if why is not None), None)
+        if reason is not None:
+            logger.warning("fp8sync: version %d is given up: %s", session.transfer.version, reason)
+            session.end_transfer(reason)
 
     def _end_session(self) -> None:
         if self._session is not None:

@@ -35,8 +35,11 @@ class Transfer:
         self.error: str | None = None
         self.verified = False
 
-    def expired(self) -> bool:
-        return time.monotonic() > self.deadline
+    def dead(self) -> str | None:
+        """Why this push can no longer succeed, or None."""
+        if self.done.is_set() and self.error is not None:
+            return self.error
+        return "its deadline passed" if time.monotonic() > self.deadline else None
 
     def remaining_s(self) -> float:
         if self.cancelled.is_set():
@@ -62,6 +65,7 @@ class Session:
     def __init__(self, opened: Open, layout: Layout, staging: Staging, rank: int) -> None:
         self.id, self.sender, self.staging = opened.session, opened.sender, staging
         self.transfer: Transfer | None = None
+        self._ended = "never begun"
         self._layout = layout
         self._wake = threading.Condition()
         self._pending: Transfer | None = None
@@ -77,17 +81,18 @@ class Session:
 
     def transfer_of(self, version: int) -> Transfer:
         if self.transfer is None or self.transfer.version != version:
-            raise TransferError(f"version {version} is not on its way to this server (aborted, expired or never begun)")
+            raise TransferError(f"version {version} is not on its way to this server: {self._ended}")
         return self.transfer
 
-    def end_transfer(self) -> None:
+    def end_transfer(self, why: str) -> None:
         if self.transfer is not None:
+            self._ended = why
             self.transfer.cancelled.set()
             self.transfer = None
 
     def close(self) -> None:
         """Stop the thread as soon as it returns from the plane; the plane's own time-out bounds that."""
-        self.end_transfer()
+        self.end_transfer("the session was closed")
         with self._wake:
             self._closed = True
             self._wake.notify()

@@ -7,9 +7,10 @@ import os
 import pytest
 import torch
 
+pytest_plugins = ["tests.server_fixtures"]
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton; servers are started without it
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
