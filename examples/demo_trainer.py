@@ -40,7 +40,7 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) ->
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
-    return float(loss)
+    return float(loss.detach())
 
 
 def ask(server: str) -> dict[str, Any]:
@@ -70,7 +70,9 @@ def main() -> None:
                 reply = ask(args.server)
                 served = reply["meta_info"]["weight_version"]
                 print(f"  step {step}: loss {loss:.4f}, pushed version {report.version} in", end=" ")
-                print(f"{report.seconds['total']:.2f} s; server replies {reply['output_ids']} (weight_version {served})")
+                print(
+                    f"{report.seconds['total']:.2f} s; server replies {reply['output_ids']} (weight_version {served})"
+                )
                 if served != str(report.version):
                     raise SystemExit(f"the server replies with version {served}, pushed was {report.version}")
                 reports.append(report.model_dump())

@@ -35,7 +35,9 @@ class LocalServer:
     With `wait()` it is up; `stop()` ends it and everything that it started.
     """
 
-    def __init__(self, args: Sequence[str], log: Path, env: dict[str, str] | None = None, key: str | None = None) -> None:
+    def __init__(
+        self, args: Sequence[str], log: Path, env: dict[str, str] | None = None, key: str | None = None
+    ) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = log
@@ -119,7 +121,9 @@ class LocalServer:
     def __enter__(self) -> LocalServer:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.stop()
 
 
@@ -133,5 +137,14 @@ def _kill_group(group: int) -> None:
 
 def _clean_environment() -> dict[str, str]:
     """Without a torchrun job's rendezvous, which SGLang would take for its own and wait in for ever."""
-    gone = {"TRITON_INTERPRET", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK"}
+    gone = {
+        "TRITON_INTERPRET",
+        "RANK",
+        "LOCAL_RANK",
+        "WORLD_SIZE",
+        "LOCAL_WORLD_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "GROUP_RANK",
+    }
     return {k: v for k, v in os.environ.items() if k not in gone and not k.startswith("TORCHELASTIC_")}

@@ -173,13 +173,19 @@ class _Recorder(TorchDispatchMode):
 
     def _view_of(self, parameter: str, window: torch.Tensor) -> View:
         start = self._parameters[parameter].storage_offset()
-        return View(window.storage_offset() - start, tuple(window.shape), tuple(window.stride()))
+        return View(int(window.storage_offset()) - int(start), tuple(window.shape), tuple(window.stride()))
 
     def plan(self, problems: list[str]) -> BindingPlan:
         problems = [
             *problems,
-            *(f"{name}: the loader computes with it ({op}), which cannot be replayed" for name, op in self._opaque.items()),
-            *(f"{name}: load_weights writes it by {op}, which cannot be replayed" for name, op in self._written.items()),
+            *(
+                f"{name}: the loader computes with it ({op}), which cannot be replayed"
+                for name, op in self._opaque.items()
+            ),
+            *(
+                f"{name}: load_weights writes it by {op}, which cannot be replayed"
+                for name, op in self._written.items()
+            ),
         ]
         boxes: dict[str, list[Box]] = {}
         for copy in self._copies:
@@ -197,7 +203,8 @@ class _Recorder(TorchDispatchMode):
     def _coverage_problems(self) -> list[str]:
         problems: list[str] = []
         written: dict[str, list[Box]] = {}
-        for window in (*self._copies, *self._fills):
+        windows: list[Copy | Fill] = [*self._copies, *self._fills]
+        for window in windows:
             shape = self._parameters[window.parameter].shape
             _add_box(written, problems, window.parameter, shape, window.parameter_view)
         required = {name for name, _ in self._model.named_parameters() if not name.endswith(_OPTIONAL_PARAMETERS)}
@@ -233,7 +240,7 @@ def _storage(tensor: torch.Tensor) -> int:
 
 
 def _view(tensor: torch.Tensor) -> View:
-    return View(tensor.storage_offset(), tuple(tensor.shape), tuple(tensor.stride()))
+    return View(int(tensor.storage_offset()), tuple(tensor.shape), tuple(tensor.stride()))
 
 
 def _returns_view(func: Callable[..., Any]) -> bool:

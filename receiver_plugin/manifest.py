@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from receiver_plugin.binding import BindingPlan, Source, trace
-from shared.coverage import Box, uncovered
 from shared.buckets import DTYPE_NAMES, DTYPES
+from shared.coverage import Box, uncovered
 from shared.errors import PlanError
 from shared.naming import scale_name
 from shared.numerics import scale_shape

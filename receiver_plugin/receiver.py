@@ -227,7 +227,9 @@ class Receiver:
         if not transfer.verified:
             raise CommitError(f"version {transfer.version} is not staged; nothing was touched")
         if moved := session.staging.check_addresses():
-            raise CommitError(f"{moved} moved in memory while version {transfer.version} was staged; nothing was touched")
+            raise CommitError(
+                f"{moved} moved in memory while version {transfer.version} was staged; nothing was touched"
+            )
         if not self._engine.flush_cache():
             raise ServerBusyError("requests are still running; nothing was touched")
 

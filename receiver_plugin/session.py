@@ -91,11 +91,15 @@ class Session:
             self.transfer = None
 
     def close(self) -> None:
-        """Stop the thread as soon as it returns from the plane; the plane's own time-out bounds that."""
+        """Stop the thread, so that its staging is free for the next session.
+
+        It stops at once unless it is still joining the plane of a sender that died, which that plane's time-out bounds.
+        """
         self.end_transfer("the session was closed")
         with self._wake:
             self._closed = True
             self._wake.notify()
+        self._thread.join(timeout=1.0)
 
     def _run(self, opened: Open, rank: int) -> None:
         plane: ReceiveHalf | None = None

@@ -42,14 +42,14 @@ _HTTP = "sglang.srt.entrypoints.http_server._setup_and_run_http_server"
 _ANSWER_TIMEOUT_S = 55.0
 
 
-class Fp8SyncReqInput(BaseReq, kw_only=True):  # type: ignore[call-arg,misc]
+class Fp8SyncReqInput(BaseReq, kw_only=True):  # type: ignore[call-arg]
     """A control message on its way to the schedulers. `nonce` pairs it with its answer."""
 
     nonce: str
     message: str
 
 
-class Fp8SyncReqOutput(BaseReq, kw_only=True):  # type: ignore[call-arg,misc]
+class Fp8SyncReqOutput(BaseReq, kw_only=True):  # type: ignore[call-arg]
     nonce: str
     reply: str
 

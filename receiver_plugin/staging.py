@@ -79,7 +79,10 @@ class Staging:
         for slot in slots:
             arrived = slot.view(self.bucket)
             for copy in by_source.get(slot.name, ()):
-                target, source = copy.parameter_view.of(self._targets[copy.parameter].image), copy.source_view.of(arrived)
+                target, source = (
+                    copy.parameter_view.of(self._targets[copy.parameter].image),
+                    copy.source_view.of(arrived),
+                )
                 if target.dtype == source.dtype and target.dtype.itemsize == 1:
                     target, source = target.view(torch.uint8), source.view(torch.uint8)
                 to.append(target)

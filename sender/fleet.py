@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import secrets
 import socket
@@ -27,6 +28,7 @@ from shared.planes.memory import MemoryPlane
 logger = logging.getLogger(__name__)
 
 _CONTROL_TIMEOUT_S = 60.0
+_JOIN_TIMEOUT_S = 60.0
 _POLL_S = 0.005
 
 
@@ -87,8 +89,9 @@ class Fleet:
 
     def _open(self, plan: PushPlan) -> None:
         self._session = secrets.token_hex(16)
-        host = self._servers[0].local_host()
-        plane = GroupSender(host) if self._plane_name == "gloo" else None
+        hosts = [server.local_host() for server in self._servers]
+        host = next((h for h in hosts if not ipaddress.ip_address(h).is_loopback), hosts[0])  # reached from everywhere
+        plane = GroupSender(host, self._timeout_s) if self._plane_name == "gloo" else None
         first_ranks = [sum(self._num_ranks[:index]) for index in range(len(self._servers))]
         rendezvous = [
             wire.Rendezvous(
@@ -98,7 +101,7 @@ class Fleet:
                 key=f"fp8sync/{self._session}",
                 world_size=1 + sum(self._num_ranks),
                 first_rank=first,
-                timeout_s=self._timeout_s,
+                timeout_s=min(self._timeout_s, _JOIN_TIMEOUT_S),
             )
             for first in first_ranks
         ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pydantic import TypeAdapter
@@ -39,7 +39,9 @@ class PushPlan:
         return cls(offered, make_layout(_MANIFEST.validate_json(text), bucket_bytes))
 
 
-def agree(offered: Sequence[TensorSpec], manifests: dict[str, Sequence[ManifestTensor]], config: FP8BlockConfig) -> None:
+def agree(
+    offered: Sequence[TensorSpec], manifests: Mapping[str, Sequence[ManifestTensor]], config: FP8BlockConfig
+) -> None:
     """Every server must want the same, and what this project's own rule for checkpoints says.
 
     `manifests`: the answer of each server, by its name.

@@ -80,6 +80,9 @@ class FP8Sender:
     def push(self, model: nn.Module, *, version: int | None = None) -> PushReport:
         """Collective. Returns when every server serves the weights of `model` as `version` (default: the next number).
 
+        A rank that does not call it is an error on the others after `meeting_timeout_s`. A rank that is lost later,
+        inside a gather, is reported by the trainer's process group, within that group's own time-out.
+
         Raises:
             PushError: one of its kinds, on every rank; the servers keep the version that they had.
             NotImplementedError: Megatron-style and FSDP1 modules.
@@ -118,7 +121,9 @@ class FP8Sender:
     def __enter__(self) -> FP8Sender:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     # The way of a push

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -141,7 +141,7 @@ class ShardSource:
         if problems:
             raise PlanError(f"{len(problems)} shard(s) do not make whole tensors", tuple(problems))
 
-    def _read(self, rank: int, said: dict, problems: list[str]) -> None:
+    def _read(self, rank: int, said: dict[str, Any], problems: list[str]) -> None:
         for name, shape, offsets, dtype in said["shards"]:
             whole = tuple(said["shapes"][name])
             if self._shapes.setdefault(name, whole) != whole:

@@ -19,6 +19,8 @@ def box_of(shape: Sequence[int], offset: int, size: Sequence[int], stride: Seque
     Returns None where the view is not a box of that tensor. A transposed view is a box: its dimensions are matched
     to those of the tensor by stride.
     """
+    if 0 in size:  # touches nothing, wherever it lies: the padding of a vocabulary that needs none
+        return ((0, 0),) * len(shape)
     strides = [prod(shape[dim + 1 :]) for dim in range(len(shape))]
     starts, left = [], offset
     for dim, step in enumerate(strides):
@@ -31,7 +33,7 @@ def box_of(shape: Sequence[int], offset: int, size: Sequence[int], stride: Seque
     for length, step in zip(size, stride, strict=True):
         if length == 1:
             continue
-        dims = [d for d, s in enumerate(strides) if s == step and shape[d] != 1 and extent[d] == 1]
+        dims = [d for d, s in enumerate(strides) if s == step and 1 != shape[d] >= length and extent[d] == 1]
         if dims:
             extent[dims[0]] = length
             continue

@@ -77,7 +77,7 @@ class CommitError(PushError):
     """A server failed while it committed. It is fenced unless the message says that nothing was touched."""
 
 
-_BY_NAME = {
+_BY_NAME: dict[str, type[Fp8SyncError]] = {
     cls.__name__: cls
     for cls in (
         ConfigError,

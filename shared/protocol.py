@@ -229,7 +229,6 @@ def decode_message(data: bytes | str) -> Any:
     except ValidationError as error:
         raise ConfigError(f"not a control message of protocol {PROTOCOL_VERSION}: {error}") from error
     if getattr(message, "protocol", PROTOCOL_VERSION) != PROTOCOL_VERSION:
-        raise IncompatibleServerError(
-            f"the sender speaks protocol {message.protocol}, this server {PROTOCOL_VERSION}: install one fp8sync on both"
-        )
+        theirs = f"the sender speaks protocol {message.protocol}, this server {PROTOCOL_VERSION}"
+        raise IncompatibleServerError(f"{theirs}: install one fp8sync on both")
     return message

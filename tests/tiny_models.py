@@ -6,7 +6,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -78,8 +79,8 @@ class Served(nn.Module):
         self._add(f"{name}.weight", rows, cols, torch.float8_e4m3fn)
         self._add(f"{name}.weight_scale_inv", *scale_shape(rows, cols), torch.float32)
 
-    def named_parameters(self, *args: object, **kwargs: object):  # type: ignore[override]
-        for name, parameter in super().named_parameters(*args, **kwargs):  # type: ignore[arg-type]
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        for name, parameter in super().named_parameters(*args, **kwargs):
             yield name.replace("/", "."), parameter
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -118,10 +119,11 @@ class FakeEngine:
     """The engine around a receiver, with switches for what can go wrong in it."""
 
     def __init__(self) -> None:
-        self.idle, self.published, self.unsafe_reasons = True, [0], []
+        self.idle, self.published = True, [0]
+        self.unsafe_reasons: list[str] = []
         self.block_size: tuple[int, int] | None = (128, 128)
         self.sglang_version = "0.5.23"
-        self.on_synchronize = lambda: None
+        self.on_synchronize: Callable[[], None] = lambda: None
 
     def info(self, incarnation: str) -> ServerInfo:
         return ServerInfo(

@@ -31,9 +31,13 @@ def local_address_toward(host: str, port: int) -> str:
 
 
 class GroupSender:
-    """Rank 0: hosts the store and broadcasts. `join` blocks until every server rank has joined."""
+    """Rank 0: hosts the store and broadcasts. `join` blocks until every server rank has joined.
 
-    def __init__(self, bind_host: str) -> None:
+    `bind_host`: the address to listen on. `timeout_s`: how long one bucket may take.
+    """
+
+    def __init__(self, bind_host: str, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
         family = socket.AF_INET6 if ipaddress.ip_address(bind_host).version == 6 else socket.AF_INET
         self._listener = socket.socket(family, socket.SOCK_STREAM)
         self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -60,7 +64,7 @@ class GroupSender:
             if self._host_buffer.numel() < bucket.numel():
                 self._host_buffer = torch.empty(bucket.numel(), dtype=torch.uint8, pin_memory=True)
             bucket = self._host_buffer[: bucket.numel()].copy_(bucket)
-        _broadcast(self._group, bucket, timeout_s=None)
+        _broadcast(self._group, bucket, self._timeout_s)
 
     def close(self) -> None:
         self._group = None
@@ -97,24 +101,23 @@ class GroupReceiver:
 def _make_group(store: Any, rendezvous: Rendezvous, rank: int, bind_host: str) -> Any:
     timeout = timedelta(seconds=rendezvous.timeout_s)
     options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-    options._devices = [dist.ProcessGroupGloo.create_device(hostname=bind_host)]  # type: ignore[attr-defined]
+    options._devices = [dist.ProcessGroupGloo.create_device(hostname=bind_host)]
     options._timeout = timeout
     try:
         prefixed = dist.PrefixStore(rendezvous.key, store)
         prefixed.set_timeout(timeout)
-        return dist.ProcessGroupGloo(prefixed, rank, rendezvous.world_size, options)  # type: ignore[call-arg]
+        return dist.ProcessGroupGloo(prefixed, rank, rendezvous.world_size, options)
     except RuntimeError as error:
         raise TransferError(f"the data plane did not come together in {rendezvous.timeout_s:.0f} s: {error}") from error
 
 
-def _broadcast(group: Any, bucket: torch.Tensor, timeout_s: float | None) -> None:
+def _broadcast(group: Any, bucket: torch.Tensor, timeout_s: float) -> None:
     if group is None:
         raise TransferError("the data plane is closed")
     options = dist.BroadcastOptions()
     options.rootRank = 0
     options.rootTensor = 0
-    if timeout_s is not None:
-        options.timeout = timedelta(seconds=timeout_s)
+    options.timeout = timedelta(seconds=timeout_s)
     try:
         group.broadcast([bucket], options).wait()
     except RuntimeError as error:

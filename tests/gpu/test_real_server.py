@@ -8,7 +8,6 @@ SGLang's CUDA kernels quantize activations in whole groups of 128.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -31,8 +30,10 @@ START_S = 240.0
 
 
 @pytest.fixture(scope="module", params=["triton", "deep_gemm"])
-def servers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple]:
-    """The server to push to (fenced), one that loaded the export of the second model, and that model, per FP8 backend."""
+def servers(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[LocalServer, LocalServer, torch.nn.Module]]:
+    """The server to push to (fenced), one that loaded the export of the second model, and that model."""
     folder = tmp_path_factory.mktemp(request.param)
     model = make_model(seed=2, **CHANGES).cuda()
     export_checkpoint(model, folder / "checkpoint", hf_config=hf_config(**CHANGES))

@@ -1,0 +1,309 @@
+"""`receiver_plugin/http.py`: what a fenced server answers, what reaches the schedulers, and how a commit drains."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route, WebSocketRoute
+from starlette.testclient import TestClient
+from starlette.websockets import WebSocket, WebSocketDisconnect
+
+from receiver_plugin import http
+from receiver_plugin.http import CONTROL_PATH, INFO_PATH, Control, Gate
+from shared import errors, protocol
+
+CLOSED = ["/generate", "/v1/completions", "/v1/chat/completions", "/v1/embeddings", "/health", "/health_generate", "/"]
+OPEN = [
+    "/model_info",
+    "/get_model_info",
+    "/get_server_info",
+    "/v1/models",
+    "/metrics",
+    "/flush_cache",
+    "/abort_request",
+]
+COMMIT = protocol.Commit(session="s", version=4, drain_s=5.0)
+
+
+class FakeChannel:
+    """The schedulers: `answers` says what the next messages meet; afterwards `steady` answers."""
+
+    def __init__(self, fence: str | None = None) -> None:
+        self.fence, self.version = fence, 0
+        self.kinds: list[str] = []
+        self.published: list[int] = []
+        self.events: list[str] = []
+        self.on_message: Callable[[Any], protocol.WireError | None] = lambda message: None
+        self.drain_s = self.answer_s = 0.0
+
+    async def ask(self, message: str) -> protocol.Reply:
+        decoded = protocol.decode_message(message)
+        self.kinds.append(decoded.kind)
+        self.events.append(f"ask {decoded.kind}")
+        await asyncio.sleep(self.answer_s)
+        error = self.on_message(decoded)
+        if isinstance(decoded, protocol.Commit) and error is None:
+            self.version, self.fence = decoded.version, None
+        state: protocol.ServerState = "FENCED" if self.fence else "SERVING"
+        return protocol.Reply(state=state, version=self.version, fence=self.fence, error=error)
+
+    @asynccontextmanager
+    async def drained(self) -> AsyncIterator[None]:
+        await asyncio.sleep(self.drain_s)
+        self.events.append("drained")
+        try:
+            yield
+        finally:
+            self.events.append("admitting")
+
+    def publish(self, version: int) -> None:
+        self.events.append(f"publish {version}")
+        self.published.append(version)
+
+
+class Server:
+    def __init__(self, fence: str | None = None) -> None:
+        self.channel = FakeChannel(fence)
+        self.control = Control(self.channel)
+
+        async def answer(request: Request) -> PlainTextResponse:
+            return PlainTextResponse("served")
+
+        async def talk(socket: WebSocket) -> None:
+            await socket.accept()
+            await socket.send_text("served")
+
+        app = Starlette(
+            routes=[
+                Route(CONTROL_PATH, self.control.control, methods=["POST"]),
+                Route(INFO_PATH, self.control.info, methods=["GET"]),
+                WebSocketRoute("/v1/realtime", talk),
+                Route("/{path:path}", answer, methods=["GET", "POST"]),
+            ],
+            middleware=[Middleware(Gate, control=self.control)],
+        )
+        self.client = TestClient(app, raise_server_exceptions=False)
+
+    def send(self, message: BaseModel | bytes) -> tuple[int, protocol.Reply]:
+        body = message if isinstance(message, bytes) else message.model_dump_json().encode()
+        response = self.client.post(CONTROL_PATH, content=body)
+        return response.status_code, protocol.Reply.model_validate_json(response.content)
+
+    def serves(self) -> bool:
+        return self.client.post("/generate").text == "served"
+
+
+# ---- the gate
+
+
+@pytest.mark.parametrize("path", CLOSED)
+def test_a_fenced_server_refuses_with_the_reason(path: str) -> None:
+    response = Server(fence="started with random weights").client.post(path)
+    assert response.status_code == 503 and response.headers["retry-after"]
+    error = response.json()["error"]
+    assert error["type"] == "ServerFenced" and "started with random weights" in error["message"]
+
+
+@pytest.mark.parametrize("path", OPEN)
+def test_what_runs_no_model_is_open(path: str) -> None:
+    assert Server(fence="why").client.get(path).text == "served"
+
+
+def test_a_fenced_server_refuses_websockets() -> None:
+    """SGLang's /v1/realtime runs the model too."""
+    with pytest.raises(WebSocketDisconnect), Server(fence="why").client.websocket_connect("/v1/realtime"):
+        pass
+    with Server().client.websocket_connect("/v1/realtime") as socket:
+        assert socket.receive_text() == "served"
+
+
+@pytest.mark.parametrize("path", CLOSED)
+def test_a_server_without_fence_serves(path: str) -> None:
+    assert Server().client.post(path).text == "served"
+
+
+def test_a_commit_opens_the_gate() -> None:
+    server = Server(fence="why")
+    assert not server.serves()
+    status, reply = server.send(COMMIT)
+    assert status == 200 and reply.error is None and reply.fence is None
+    assert server.serves()
+
+
+def test_the_fence_is_asked_for_once() -> None:
+    server = Server()
+    assert all(server.serves() for _ in range(5))
+    assert server.channel.kinds == ["describe"]
+
+
+def test_schedulers_that_do_not_answer_mean_a_fence_until_they_do() -> None:
+    server = Server()
+    server.channel.on_message = refusing(errors.PushError("no answer in 55 s"))
+    response = server.client.post("/generate")
+    assert response.status_code == 503 and "no answer in 55 s" in response.text
+    server.channel.on_message = lambda message: None
+    assert server.serves()
+
+
+def refusing(error: Exception, kind: str | None = None) -> Callable[[Any], protocol.WireError | None]:
+    def on_message(message: Any) -> protocol.WireError | None:
+        if kind in (None, message.kind):
+            raise error
+        return None
+
+    return on_message
+
+
+# ---- the control route
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"\xff\xff",
+        b'{"kind":"shutdown"}',
+        b'{"kind":"close"}',
+        b'{"kind":"close","session":"s","extra":1}',
+        b'{"kind":"close","session":7}',
+        b'{"kind":"describe","protocol":2}',
+    ],
+)
+def test_what_is_no_message_goes_nowhere(body: bytes) -> None:
+    server = Server()
+    response = server.client.post(CONTROL_PATH, content=body)
+    assert response.status_code == 400 and response.json()["error"]["type"] in (
+        "ConfigError",
+        "IncompatibleServerError",
+    )
+    assert server.channel.events == []
+
+
+def test_a_body_that_is_too_large_goes_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = Server()
+    body = protocol.Close(session="s" * 1000).model_dump_json().encode()
+    monkeypatch.setattr(http, "MAX_BODY_BYTES", len(body) - 1)
+    assert "more than" in server.client.post(CONTROL_PATH, content=body).json()["error"]["message"]
+    assert server.channel.events == []
+    monkeypatch.setattr(http, "MAX_BODY_BYTES", len(body))
+    assert server.send(body)[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("kind", "status"),
+    [
+        ("ConfigError", 400),
+        ("PlanError", 422),
+        ("IncompatibleServerError", 422),
+        ("ServerBusyError", 409),
+        ("SessionLostError", 409),
+        ("StaleVersionError", 409),
+        ("TransferError", 500),
+        ("CommitError", 500),
+        ("SomethingNewer", 500),
+    ],
+)
+def test_errors_of_the_schedulers_have_their_status(kind: str, status: int) -> None:
+    server, error = Server(), protocol.WireError(kind=kind, message="why", problems=("x",))
+    server.channel.on_message = lambda message: error
+    found, reply = server.send(protocol.Close(session="s"))
+    assert (found, reply.error) == (status, error)
+
+
+def test_info_answers_without_touching_anything() -> None:
+    server = Server(fence="why")
+    response = server.client.get(INFO_PATH)
+    assert response.status_code == 200 and protocol.Reply.model_validate_json(response.content).fence == "why"
+    assert server.channel.kinds == ["describe"]
+
+
+# ---- commit
+
+
+def test_a_commit_drains_first_and_publishes_before_it_admits() -> None:
+    server = Server()
+    assert server.send(COMMIT)[1].version == 4
+    assert server.channel.events == ["drained", "ask commit", "publish 4", "admitting"]
+
+
+def test_other_messages_do_not_drain() -> None:
+    server = Server()
+    server.send(protocol.Begin(session="s", version=4, deadline_s=1.0))
+    assert server.channel.events == ["ask begin"]
+
+
+def test_requests_that_the_schedulers_still_finish_are_waited_for() -> None:
+    server, busy = Server(), protocol.WireError(kind="ServerBusyError", message="requests are still running")
+    answers = iter([busy, busy, None])
+    server.channel.on_message = lambda message: next(answers)
+    assert server.send(COMMIT)[0] == 200
+    assert server.channel.kinds == ["commit"] * 3 and server.channel.published == [4]
+
+
+def test_a_refused_commit_publishes_nothing() -> None:
+    server, error = Server(), protocol.WireError(kind="CommitError", message="not staged")
+    server.channel.on_message = lambda message: error
+    assert server.send(COMMIT) == (500, protocol.Reply(state="SERVING", version=0, fence=None, error=error))
+    assert server.channel.published == [] and server.channel.events[-1] == "admitting"
+
+
+@pytest.mark.parametrize("who", ["http", "schedulers"])
+def test_a_drain_that_takes_too_long_touches_nothing(who: str) -> None:
+    server = Server()
+    if who == "http":
+        server.channel.drain_s = 5.0
+    else:
+        busy = protocol.WireError(kind="ServerBusyError", message="requests are still running; nothing was touched")
+        server.channel.on_message = lambda message: busy if message.kind == "commit" else None
+    started = time.monotonic()
+    status, reply = server.send(COMMIT.model_copy(update={"drain_s": 0.1}))
+    assert time.monotonic() - started < 2.0
+    assert reply.error is not None and "nothing was touched" in reply.error.message
+    assert (status, reply.error.kind) in [(500, "CommitError"), (409, "ServerBusyError")][: 1 if who == "http" else 2]
+    assert reply.state == "SERVING" and reply.version == 0 and server.channel.published == []
+    if who == "http":
+        assert "commit" not in server.channel.kinds
+    assert server.serves()
+
+
+def test_a_commit_under_way_is_not_called_untouched() -> None:
+    """`drain_s` bounds the draining. The copy itself may take longer, and then its own answer counts."""
+    server = Server()
+    server.channel.answer_s = 0.3
+    _, reply = server.send(COMMIT.model_copy(update={"drain_s": 0.1}))
+    assert reply.error is None or "nothing was touched" not in reply.error.message
+    assert reply.error is not None or (reply.version == 4 and server.channel.published == [4])
+
+
+def test_a_commit_that_nobody_confirms_fences() -> None:
+    server = Server()
+    assert server.serves()
+    server.channel.on_message = refusing(errors.PushError("no answer in 55 s"), kind="commit")
+    status, reply = server.send(COMMIT)
+    assert status == 500 and reply.state == "FENCED" and reply.error is not None and reply.error.kind == "PushError"
+    response = server.client.post("/generate")
+    assert response.status_code == 503 and "no rank confirmed the commit of version 4" in response.text
+    assert server.channel.published == []
+    server.channel.on_message = lambda message: None
+    assert server.send(COMMIT)[0] == 200 and server.serves()
+
+
+def test_an_answer_that_is_lost_outside_of_a_commit_fences_nothing() -> None:
+    server = Server()
+    assert server.serves()
+    server.channel.on_message = refusing(errors.PushError("no answer in 55 s"))
+    status, reply = server.send(protocol.Close(session="s"))
+    assert status == 500 and reply.state == "SERVING" and reply.error is not None
+    assert server.serves()
