@@ -137,7 +137,9 @@ class _Recorder(TorchDispatchMode):
             return args[0]
         if packet in (torch.ops.aten.fill_, torch.ops.aten.zero_) and self._record_fill(packet, args):
             return args[0]
-        self._note_other(func, args, kwargs)
+        written = self._note_other(func, args, kwargs)
+        if written is not None:
+            return written if func._schema.returns else None
         return func(*args, **kwargs)
 
     def _record_copy(self, target: torch.Tensor, source: torch.Tensor) -> bool:
@@ -160,16 +162,23 @@ class _Recorder(TorchDispatchMode):
         self._fills.append(Fill(parameter, self._view_of(parameter, args[0]), value))
         return True
 
-    def _note_other(self, func: Any, args: Any, kwargs: Any) -> None:
+    def _note_other(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Note what cannot be replayed. A write to a parameter must not happen: its target is returned, else None."""
         tensors = [t for t in (*_flat(args), *_flat(kwargs.values())) if isinstance(t, torch.Tensor)]
         touched = {self._source_of[_storage(t)] for t in tensors if _storage(t) in self._source_of}
         if touched and not _returns_view(func):
             for name in touched:
                 self._opaque.setdefault(name, str(func))
-        for argument, value in zip(func._schema.arguments, args, strict=False):
-            writes = argument.alias_info is not None and argument.alias_info.is_write
-            if writes and isinstance(value, torch.Tensor) and _storage(value) in self._parameter_of:
-                self._written.setdefault(self._parameter_of[_storage(value)], str(func))
+        target = None
+        for index, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is None or not argument.alias_info.is_write:
+                continue
+            value = args[index] if index < len(args) else kwargs.get(argument.name)
+            for tensor in _flat([value]):
+                if isinstance(tensor, torch.Tensor) and _storage(tensor) in self._parameter_of:
+                    self._written.setdefault(self._parameter_of[_storage(tensor)], str(func))
+                    target = value
+        return target
 
     def _view_of(self, parameter: str, window: torch.Tensor) -> View:
         start = self._parameters[parameter].storage_offset()

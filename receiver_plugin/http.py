@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, Protocol
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from shared import protocol as wire
 from shared.errors import ConfigError, Fp8SyncError
@@ -84,8 +84,8 @@ class Control:
     async def control(self, request: Request) -> Response:
         try:
             message = wire.decode_message(await _body(request))
-        except Fp8SyncError as error:
-            return JSONResponse({"error": {"type": type(error).__name__, "message": str(error)}}, status_code=400)
+        except Fp8SyncError as error:  # in the form of a reply, so that any sender can read it
+            return Response(self._reply(error).model_dump_json(), status_code=400, media_type="application/json")
         reply = await (self._commit(message) if isinstance(message, wire.Commit) else self._ask(message))
         status = 200 if reply.error is None else _STATUS.get(reply.error.kind, 500)
         return Response(reply.model_dump_json(), status_code=status, media_type="application/json")
@@ -106,7 +106,8 @@ class Control:
         """Wait until no request runs, then commit: a reply never mixes two versions."""
         deadline = time.monotonic() + message.drain_s
         try:
-            async with asyncio.timeout(message.drain_s), self._channel.drained():
+            async with asyncio.timeout(message.drain_s) as draining, self._channel.drained():
+                draining.reschedule(None)  # a commit that was sent is waited for: cut off, nobody knew what it did
                 reply = await self._ask(message)
                 while _still_running(reply) and time.monotonic() < deadline:
                     await asyncio.sleep(_DRAIN_POLL_S)
@@ -124,6 +125,10 @@ class Control:
             self._fence = f"no rank confirmed the commit of version {message.version}: {error}"
         elif not self._known:
             self._fence = f"the schedulers did not say whether their weights may be served: {error}"
+        return self._reply(error)
+
+    def _reply(self, error: Fp8SyncError) -> wire.Reply:
+        """An answer that the schedulers had no part in: of state and version it says what this process knows."""
         found = wire.WireError(kind=type(error).__name__, message=str(error))
         return wire.Reply(state="FENCED" if self._fence else "SERVING", version=0, fence=self._fence, error=found)
 
@@ -154,10 +159,13 @@ class Gate:
         self._app, self._control = app, control
 
     async def __call__(self, scope: _Scope, receive: Any, send: Any) -> None:
-        if scope["type"] == "http" and not scope["path"].startswith(_OPEN_WHILE_FENCED):
+        if scope["type"] in ("http", "websocket") and not scope["path"].startswith(_OPEN_WHILE_FENCED):
             reason = await self._control.fence()
             if reason is not None:
-                await _refuse(reason)(scope, receive, send)
+                if scope["type"] == "websocket":
+                    await send({"type": "websocket.close", "code": 1013, "reason": "fenced"})
+                else:
+                    await _refuse(reason)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 

@@ -168,7 +168,11 @@ class Lead:
         else:
             message = self._ranks.share(_describe(self.failure), timeout_s)
         if self.failure is not None:
-            raise self.failure
+            failure, self.failure = self.failure, None  # else its traceback, which holds `self`, never goes
+            try:
+                raise failure
+            finally:
+                del failure
         found = json.loads(message)
         if "result" not in found:
             raise error_from_wire(found["kind"], found["message"], tuple(found["problems"]))

@@ -44,6 +44,9 @@ class NonFiniteWeightError(PushError):
             "Nothing was published; the servers keep the version that they had."
         )
 
+    def __reduce__(self) -> tuple[type, tuple[tuple[str, ...]]]:
+        return type(self), (self.names,)  # pickled by Ray and multiprocessing on their way to the driver
+
 
 class RankMissingError(PushError):
     """Not every trainer rank called the collective function before the deadline."""

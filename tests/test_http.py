@@ -184,7 +184,7 @@ def refusing(error: Exception, kind: str | None = None) -> Callable[[Any], proto
 def test_what_is_no_message_goes_nowhere(body: bytes) -> None:
     server = Server()
     response = server.client.post(CONTROL_PATH, content=body)
-    assert response.status_code == 400 and response.json()["error"]["type"] in (
+    assert response.status_code == 400 and response.json()["error"]["kind"] in (
         "ConfigError",
         "IncompatibleServerError",
     )

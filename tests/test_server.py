@@ -111,7 +111,7 @@ def test_a_server_without_the_plugin(loaded_server: LocalServer, model: torch.nn
 def test_malformed_messages_change_nothing(pushed_server: LocalServer, body: str) -> None:
     before = info(pushed_server)
     response = pushed_server.http.post("/fp8sync/control", content=body.encode("latin-1"))
-    assert response.status_code == 400 and response.json()["error"]["type"] == "ConfigError"
+    assert response.status_code == 400 and response.json()["error"]["kind"] == "ConfigError"
     assert info(pushed_server) == before
 
 
