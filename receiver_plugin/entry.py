@@ -6,8 +6,8 @@
 SGLang logs and swallows whatever a plugin raises, so a failure here is a `SystemExit`: a server that was asked to load
 fp8sync either has it or does not start.
 
-Environment, read here only: `FP8SYNC_LOAD` (set by the flag; set it by hand to arm engines that parse no command line),
-`FP8SYNC_PROBE=1` (adds the read-only fingerprint route to a server without the flag; used by proofs).
+Environment, read here only: `FP8SYNC_LOAD` (set by the flag for the server's own processes), `FP8SYNC_PROBE=1` (adds
+the read-only fingerprint route to a server without the flag; used by proofs).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def register() -> None:
 
     HookRegistry.register(f"{_SERVER_ARGS}.add_cli_args", _add_flag, HookType.AFTER)
     HookRegistry.register(f"{_SERVER_ARGS}.from_cli_args", _parse_flag, HookType.AROUND)
-    if os.environ.get(_LOAD):
+    if os.environ.get(_LOAD) == PLUGIN_NAME:
         _arm()
     elif os.environ.get(_PROBE) == "1":
         _arm(probe_only=True)

@@ -1,7 +1,10 @@
-"""The HTTP side of a server: the control route, and the gate that keeps requests from a fenced server.
+"""The HTTP side of a server: the control route, and the fence that keeps requests from weights that must not be served.
 
 Plain ASGI and starlette; it knows SGLang only through the `Channel` that it is given. Everything goes through SGLang's
 own HTTP server and its authentication.
+
+The fence holds in two places. `Gate` answers 503 at the door. A request may pass the door and then wait inside SGLang
+until a commit is over; so `Control.refuse_if_fenced` is called again where a request leaves for the schedulers.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, Protocol
 
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -21,20 +25,20 @@ from shared.errors import ConfigError, Fp8SyncError
 
 logger = logging.getLogger(__name__)
 
-CONTROL_PATH = "/fp8sync/control"
-INFO_PATH = "/fp8sync/info"
 MAX_BODY_BYTES = 64 << 20
 _DRAIN_POLL_S = 0.01
 
 # What a fenced server still answers: what one needs to see, drain, stop or heal it. Nothing here runs the model.
-_OPEN_WHILE_FENCED = (
-    "/fp8sync/",
+_OPEN_WHILE_FENCED = {
+    wire.CONTROL_PATH,
+    wire.INFO_PATH,
     "/model_info",
     "/get_model_info",
     "/server_info",
     "/get_server_info",
     "/weights_checker",
     "/metrics",
+    "/metrics/",
     "/v1/models",
     "/flush_cache",
     "/abort_request",
@@ -43,7 +47,18 @@ _OPEN_WHILE_FENCED = (
     "/continue_generation",
     "/release_memory_occupation",
     "/resume_memory_occupation",
-)
+}
+# Routes of SGLang that change weights or take them away; the schedulers fence on them, and so does this process.
+_CHANGE_WEIGHTS = {
+    "/update_weights_from_disk",
+    "/update_weights_from_tensor",
+    "/update_weights_from_distributed",
+    "/update_weights_from_ipc",
+    "/end_weight_update",
+    "/release_memory_occupation",
+    "/resume_memory_occupation",
+    "/weights_checker",
+}
 _STATUS = {
     "ConfigError": 400,
     "PlanError": 422,
@@ -73,13 +88,19 @@ class Control:
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
         self._known = False
-        self._fence: str | None = None
+        self._fence: str | None = "its schedulers have not yet said whether their weights may be served"
+        self._published = 0
 
     async def fence(self) -> str | None:
         """Why requests must be refused, or None."""
         if not self._known:
             await self._ask(wire.Describe())
         return self._fence
+
+    def refuse_if_fenced(self) -> None:
+        """Raises: HTTPException: 503 with the reason."""
+        if self._fence is not None:
+            raise HTTPException(status_code=503, detail=_text(self._fence))
 
     async def control(self, request: Request) -> Response:
         try:
@@ -94,11 +115,24 @@ class Control:
         reply = await self._ask(wire.Describe())
         return Response(reply.model_dump_json(), media_type="application/json")
 
+    async def while_weights_change(self, call: Awaitable[None], path: str) -> None:
+        """Another route changes weights: nothing is served until the schedulers have said what came of it."""
+        if path != "/weights_checker":
+            self._fence = f"{path} is at work on its weights"
+        try:
+            await call
+        finally:
+            self._known = False
+            await self.fence()
+
     async def _ask(self, message: Any) -> wire.Reply:
         try:
             reply = await self._channel.ask(message.model_dump_json())
         except Fp8SyncError as error:
             return self._no_answer(message, error)
+        if reply.version != self._published:  # also where the answer to the commit itself was lost
+            self._channel.publish(reply.version)
+            self._published = reply.version
         self._known, self._fence = True, reply.fence
         return reply
 
@@ -112,25 +146,26 @@ class Control:
                 while _still_running(reply) and time.monotonic() < deadline:
                     await asyncio.sleep(_DRAIN_POLL_S)
                     reply = await self._ask(message)
-                if reply.error is None:
-                    self._channel.publish(reply.version)
                 return reply
         except TimeoutError:
             text = f"requests were still running after {message.drain_s:.0f} s; nothing was touched"
-            error = wire.WireError(kind="CommitError", message=text)
-            return (await self._ask(wire.Describe())).model_copy(update={"error": error, "info": None})
+        except Fp8SyncError as error:
+            text = f"{error}; nothing was touched"
+        error_found = wire.WireError(kind="CommitError", message=text)
+        return (await self._ask(wire.Describe())).model_copy(update={"error": error_found, "info": None})
 
     def _no_answer(self, message: Any, error: Fp8SyncError) -> wire.Reply:
         if isinstance(message, wire.Commit):  # nobody knows what became of it: fail closed
             self._fence = f"no rank confirmed the commit of version {message.version}: {error}"
         elif not self._known:
-            self._fence = f"the schedulers did not say whether their weights may be served: {error}"
+            self._fence = f"its schedulers have not said whether their weights may be served: {error}"
         return self._reply(error)
 
     def _reply(self, error: Fp8SyncError) -> wire.Reply:
         """An answer that the schedulers had no part in: of state and version it says what this process knows."""
         found = wire.WireError(kind=type(error).__name__, message=str(error))
-        return wire.Reply(state="FENCED" if self._fence else "SERVING", version=0, fence=self._fence, error=found)
+        state: wire.ServerState = "FENCED" if self._fence else "SERVING"
+        return wire.Reply(state=state, version=self._published, fence=self._fence, error=found)
 
 
 def _still_running(reply: wire.Reply) -> bool:
@@ -159,18 +194,30 @@ class Gate:
         self._app, self._control = app, control
 
     async def __call__(self, scope: _Scope, receive: Any, send: Any) -> None:
-        if scope["type"] in ("http", "websocket") and not scope["path"].startswith(_OPEN_WHILE_FENCED):
-            reason = await self._control.fence()
-            if reason is not None:
-                if scope["type"] == "websocket":
-                    await send({"type": "websocket.close", "code": 1013, "reason": "fenced"})
-                else:
-                    await _refuse(reason)(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
+        if scope["type"] not in ("http", "websocket"):
+            await self._app(scope, receive, send)
+            return
+        path = _route_path(scope)
+        if path in _CHANGE_WEIGHTS:
+            await self._control.while_weights_change(self._app(scope, receive, send), path)
+        elif path in _OPEN_WHILE_FENCED or (reason := await self._control.fence()) is None:
+            await self._app(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1013, "reason": "fenced"})
+        else:
+            await _refuse(reason)(scope, receive, send)
+
+
+def _route_path(scope: _Scope) -> str:
+    """The path without the root path that a server behind a reverse proxy is given."""
+    path, root = str(scope["path"]), str(scope.get("root_path", "")).rstrip("/")
+    return path[len(root) :] if root and path.startswith(root + "/") else path
+
+
+def _text(reason: str) -> str:
+    return f"fp8sync has fenced this server: {reason}. It serves again after the next full push."
 
 
 def _refuse(reason: str) -> Response:
-    text = f"fp8sync has fenced this server: {reason}. It serves again after the next full push."
-    body = {"error": {"type": "ServerFenced", "message": text, "code": 503}}
+    body = {"error": {"type": "ServerFenced", "message": _text(reason), "code": 503}}
     return Response(json.dumps(body), status_code=503, media_type="application/json", headers={"Retry-After": "5"})

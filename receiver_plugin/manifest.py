@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from receiver_plugin.binding import BindingPlan, Source, trace
+from receiver_plugin.binding import BindingPlan, trace
+from receiver_plugin.recorder import Source
 from shared.buckets import DTYPE_NAMES, DTYPES
 from shared.coverage import Box, uncovered
 from shared.errors import PlanError
@@ -38,7 +39,7 @@ def find_quantized(model: nn.Module, tensors: Sequence[TensorSpec]) -> frozenset
     """The names of `tensors` whose destination on this rank is block FP8."""
     probes = [Source(t.name, t.shape, _FP8 if _may_quantize(t) else DTYPES[t.dtype]) for t in tensors]
     landed = trace(model, probes).destination_dtypes
-    return frozenset(name for name, dtype in landed.items() if dtype == _FP8)
+    return frozenset(name for name, dtypes in landed.items() if _FP8 in dtypes)
 
 
 def plan_rank(model: nn.Module, tensors: Sequence[ManifestTensor]) -> tuple[BindingPlan, RankFindings]:
@@ -75,10 +76,10 @@ def cast_problems(sources: Sequence[Source], plan: BindingPlan) -> list[str]:
     """Copies that would change values: the loaders' own `copy_` casts in silence."""
     problems = []
     for source in sources:
-        landed = plan.destination_dtypes.get(source.name, source.dtype)
-        if landed != source.dtype and (source.dtype, landed) not in _EXACT_CASTS:
-            names = f"{DTYPE_NAMES.get(source.dtype, source.dtype)}, the server holds {DTYPE_NAMES.get(landed, landed)}"
-            problems.append(f"{source.name}: arrives as {names}")
+        for landed in plan.destination_dtypes.get(source.name, ()):
+            if landed != source.dtype and (source.dtype, landed) not in _EXACT_CASTS:
+                mine, theirs = DTYPE_NAMES.get(source.dtype, source.dtype), DTYPE_NAMES.get(landed, landed)
+                problems.append(f"{source.name}: arrives as {mine}, the server holds {theirs}")
     return problems
 
 

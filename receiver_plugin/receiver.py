@@ -180,7 +180,11 @@ class Receiver:
             staging = Staging(self._model, plan, layout)
             self._session = Session(message, layout, staging, message.rendezvous.first_rank + self._ranks.index)
 
-        self._collect(start)
+        try:
+            self._collect(start)
+        except Fp8SyncError:
+            self._end_session()  # on the ranks where it succeeded, so that all ranks hold the same
+            raise
         return {"plan_hash": layout.plan_hash}
 
     # Every push
@@ -192,13 +196,13 @@ class Receiver:
         if session.transfer is not None:
             raise ServerBusyError(f"version {session.transfer.version} is still on its way")
 
-        def start() -> None:
+        def check() -> None:
             self._check_safe()
             if moved := session.staging.check_addresses():
                 raise SessionLostError(f"{moved} moved in memory since the plan was made: plan anew")
-            session.begin(message.version, message.deadline_s)
 
-        self._collect(start)
+        self._collect(check)
+        session.begin(message.version, message.deadline_s)
         return {}
 
     def _verify(self, message: wire.Verify) -> dict[str, Any]:
@@ -212,18 +216,20 @@ class Receiver:
         session = self._session_of(message.session)
         transfer = session.transfer_of(message.version)
         self._collect(lambda: self._ready_to_commit(session, transfer))
+        self._fence = f"version {message.version} was copied in part only"  # until every rank says otherwise
         try:
             self._collect(lambda: self._copy(session))
-        except Fp8SyncError as error:
-            self._fence = f"version {message.version} was copied in part only: {error}"
+            self._engine.publish(message.version)
+        except Exception as error:
+            self._fence = f"{self._fence}: {error}"
             session.end_transfer(self._fence)
             raise CommitError(f"the server is fenced: {self._fence}") from error
         self._version, self._fence = message.version, None
-        self._engine.publish(message.version)
         session.end_transfer("committed")
         return {}
 
     def _ready_to_commit(self, session: Session, transfer: Any) -> None:
+        self._check_safe()
         if not transfer.verified:
             raise CommitError(f"version {transfer.version} is not staged; nothing was touched")
         if moved := session.staging.check_addresses():
@@ -254,7 +260,16 @@ class Receiver:
         return {}
 
     def _probe(self, message: wire.Probe) -> dict[str, Any]:
-        return {"probe": tuple(self._ranks.gather(fingerprint(self._model)))}
+        return {"probe": tuple(self._collect(lambda: fingerprint(self._model)))}
+
+    # From outside
+
+    def weights_changed(self, by: str) -> None:
+        """Another route wrote to the parameters: what is staged is void, and what is served is no version of ours."""
+        logger.warning("fp8sync: fenced, the weights were changed by %s", by)
+        self._fence = f"its weights were changed by {by}"
+        if self._session is not None:
+            self._session.end_transfer(self._fence)
 
     # Helpers
 
@@ -291,10 +306,11 @@ class Receiver:
         """A sender that died holds nothing: its stage is void, on all ranks alike, once its connection broke or its
         deadline passed on one of them."""
         session = self._session
-        if session is None or session.transfer is None:
+        if session is None:
             return
-        reason = next((why for why in self._ranks.gather(session.transfer.dead()) if why is not None), None)
-        if reason is not None:
+        mine = session.transfer.dead() if session.transfer is not None else None
+        reason = next((why for why in self._ranks.gather(mine) if why is not None), None)
+        if reason is not None and session.transfer is not None:
             logger.warning("fp8sync: version %d is given up: %s", session.transfer.version, reason)
             session.end_transfer(reason)
 

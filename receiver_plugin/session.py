@@ -63,7 +63,8 @@ class Transfer:
 
 class Session:
     def __init__(self, opened: Open, layout: Layout, staging: Staging, rank: int) -> None:
-        self.id, self.sender, self.staging = opened.session, opened.sender, staging
+        self.id, self.sender = opened.session, opened.sender
+        self._staging: Staging | None = staging
         self.transfer: Transfer | None = None
         self._ended = "never begun"
         self._layout = layout
@@ -72,6 +73,12 @@ class Session:
         self._closed = False
         self._thread = threading.Thread(target=self._run, args=(opened, rank), name="fp8sync-receive", daemon=True)
         self._thread.start()
+
+    @property
+    def staging(self) -> Staging:
+        if self._staging is None:
+            raise TransferError("the session was closed")
+        return self._staging
 
     def begin(self, version: int, deadline_s: float) -> None:
         self.transfer = Transfer(version, deadline_s)
@@ -91,15 +98,17 @@ class Session:
             self.transfer = None
 
     def close(self) -> None:
-        """Stop the thread, so that its staging is free for the next session.
+        """Free the staging for the next session and stop the thread.
 
-        It stops at once unless it is still joining the plane of a sender that died, which that plane's time-out bounds.
+        A thread that waits for its plane (a sender that died) outlives this, without the staging, until the plane's own
+        time-out.
         """
         self.end_transfer("the session was closed")
         with self._wake:
             self._closed = True
             self._wake.notify()
-        self._thread.join(timeout=1.0)
+        self._thread.join(timeout=0.2)
+        self._staging = None
 
     def _run(self, opened: Open, rank: int) -> None:
         plane: ReceiveHalf | None = None
@@ -135,11 +144,12 @@ class Session:
                     plane.receive(arrived, transfer.remaining_s())
                     transfer.digests.append(digest(arrived, key=bucket.index))
                     self.staging.scatter(bucket.index)
-            if stream is not None:
-                stream.synchronize()
         except Fp8SyncError as error:
             return str(error)
         except Exception as error:
             logger.exception("fp8sync: receiving version %d failed", transfer.version)
             return f"{type(error).__name__}: {error}"
+        finally:
+            if stream is not None:
+                stream.synchronize()  # on errors, too: nothing may still write when the staging is freed
         return None

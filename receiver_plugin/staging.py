@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from receiver_plugin.binding import BindingPlan, Copy, destinations
+from receiver_plugin.binding import BindingPlan
+from receiver_plugin.recorder import Copy, destinations
 from shared.buckets import ALIGNMENT_BYTES, Layout, Slot
 from shared.errors import PlanError
 

@@ -13,8 +13,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from receiver_plugin.binding import Source, trace
+from receiver_plugin.binding import trace
 from receiver_plugin.manifest import cast_problems
+from receiver_plugin.recorder import Source
 
 _DTYPES = {
     "BF16": torch.bfloat16,

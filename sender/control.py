@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Protocol
@@ -17,9 +18,7 @@ from shared.errors import (
     UnauthorizedError,
     error_from_wire,
 )
-from shared.protocol import Reply, decode_message
-
-CONTROL_PATH = "/fp8sync/control"
+from shared.protocol import CONTROL_PATH, Reply, decode_message
 
 
 class ControlClient(Protocol):
@@ -39,14 +38,15 @@ class ControlClient(Protocol):
 class HttpControl:
     """A server by URL, `http://host:port`. `admin_key` is SGLang's `--admin-api-key` (or `--api-key` if only that)."""
 
-    def __init__(self, url: str, admin_key: str | None = None) -> None:
+    def __init__(self, url: str, admin_key: str | None = None, ca_file: str | None = None) -> None:
         parsed = httpx.URL(url)
         if parsed.scheme not in ("http", "https") or not parsed.host:
             raise ConfigError(f"{url!r} is no server URL: give http://host:port")
         self.name = url.rstrip("/")
         headers = {"Authorization": f"Bearer {admin_key}"} if admin_key else {}
         self._host, self._port = parsed.host, parsed.port or (443 if parsed.scheme == "https" else 80)
-        self._client = httpx.Client(base_url=self.name, headers=headers, trust_env=False)
+        verify = ssl.create_default_context(cafile=ca_file) if parsed.scheme == "https" else True
+        self._client = httpx.Client(base_url=self.name, headers=headers, trust_env=False, verify=verify)
 
     def __enter__(self) -> HttpControl:
         return self

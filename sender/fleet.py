@@ -29,7 +29,12 @@ logger = logging.getLogger(__name__)
 
 _CONTROL_TIMEOUT_S = 60.0
 _JOIN_TIMEOUT_S = 60.0
-_POLL_S = 0.005
+_POLL_S, _LONGEST_POLL_S = 0.002, 0.05
+
+
+def longest_push_s(timeout_s: float) -> float:
+    """The most that rank 0 can spend in one push: planning, sending, verifying, committing and cleaning up."""
+    return 3 * timeout_s + _JOIN_TIMEOUT_S + 8 * _CONTROL_TIMEOUT_S
 
 
 class Fleet:
@@ -137,12 +142,13 @@ class Fleet:
 
     def verify(self) -> None:
         """Return when every rank of every server holds every byte as it was sent."""
-        deadline = time.monotonic() + self._timeout_s
+        deadline, pause = time.monotonic() + self._timeout_s, _POLL_S
         message = wire.Verify(session=self._session, version=self._version, digests=tuple(self._digests))
         while any(reply.state != "STAGED" for reply in self._each(message)):
             if time.monotonic() > deadline:
                 raise TransferError(f"not every server was staged within {self._timeout_s:.0f} s")
-            time.sleep(_POLL_S)
+            time.sleep(pause)  # every question is a message through the event loop of a busy server
+            pause = min(2 * pause, _LONGEST_POLL_S)
 
     def commit(self) -> None:
         """Publish on every server. Raises: CommitError: names the servers that did and those that did not."""

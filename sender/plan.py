@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
 from pydantic import TypeAdapter
 
@@ -28,7 +29,7 @@ class PushPlan:
 
     @property
     def bf16_bytes(self) -> int:
-        return sum(2 * _numel(tensor.shape) for tensor in self.layout.tensors)
+        return sum(2 * prod(tensor.shape) for tensor in self.layout.tensors)
 
     def to_json(self) -> str:
         """For the other ranks."""
@@ -62,10 +63,3 @@ def agree(
             "modules in modules_to_not_convert",
             tuple(problems),
         )
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    total = 1
-    for length in shape:
-        total *= length
-    return total

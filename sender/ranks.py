@@ -40,26 +40,27 @@ class TrainerRanks:
     def is_leader(self) -> bool:
         return self.rank == 0
 
-    def meet(self, what: str) -> None:
-        """Return when every rank has called `meet(what)`.
+    def meet(self, what: str, holding: str = "") -> bool:
+        """Return when every rank has called `meet(what)`; whether all of them were `holding` the same.
 
         Raises:
             RankMissingError: a rank did not come before the deadline, or called another function.
         """
         if self._store is None:
-            return
+            return True
         while True:
             step, self._step, self._shares = self._step, self._step + 1, 0
             if self._outcome(step) != "abandoned":
                 break
-        self._store.set(f"{step}/here/{self.rank}", what)
+        self._store.set(f"{step}/here/{self.rank}", json.dumps([what, holding]))
         deadline = time.monotonic() + self._timeout_s
         if self.is_leader:
             self._decide(step, what)
         outcome = self._await_outcome(step, deadline)
-        if outcome != "go":
+        if outcome.startswith("abandoned"):
             raise RankMissingError(f"{what}: {outcome.removeprefix('abandoned: ')}")
         self._forget(step - 1)
+        return outcome == "go"
 
     def _decide(self, step: int, what: str) -> None:
         missing = [rank for rank in range(self.size) if not self._arrived(step, rank)]
@@ -67,9 +68,9 @@ class TrainerRanks:
         while missing and time.monotonic() < deadline and self._outcome(step) is None:
             time.sleep(0.002)
             missing = [rank for rank in missing if not self._arrived(step, rank)]
-        others = {r: self._text(f"{step}/here/{r}") for r in range(self.size) if r not in missing}
-        strangers = {rank: call for rank, call in others.items() if call != what}
-        verdict = "go"
+        others = {r: json.loads(self._text(f"{step}/here/{r}")) for r in range(self.size) if r not in missing}
+        strangers = {rank: call for rank, (call, _) in others.items() if call != what}
+        verdict = "go" if len({holding for _, holding in others.values()}) <= 1 else "go, but they hold different plans"
         if missing:
             verdict = f"abandoned: rank(s) {missing} of {self.size} did not call it within {self._timeout_s:.0f} s"
         elif strangers:
@@ -161,8 +162,13 @@ class Lead:
             self.failure = error
             return None
 
-    def finish(self, result: str | None, timeout_s: float) -> str:
-        """`result` of rank 0 on all ranks, or its failure raised on all ranks."""
+    def finish(
+        self, result: str | None, timeout_s: float, on_failure: Callable[[Exception], None] | None = None
+    ) -> str:
+        """`result` of rank 0 on all ranks, or its failure raised on all ranks.
+
+        `on_failure` is called on rank 0, after the others were told, so that they do not wait for its cleaning up.
+        """
         if self.failure is None:
             message = self._ranks.share(json.dumps({"result": result}), timeout_s)
         else:
@@ -170,6 +176,8 @@ class Lead:
         if self.failure is not None:
             failure, self.failure = self.failure, None  # else its traceback, which holds `self`, never goes
             try:
+                if on_failure is not None:
+                    on_failure(failure)
                 raise failure
             finally:
                 del failure

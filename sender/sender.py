@@ -14,14 +14,15 @@ the servers serving what they served (see the errors in `shared.errors`).
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 
 import torch
 from torch import nn
 
 from sender.control import ControlClient, HttpControl
-from sender.fleet import Fleet
+from sender.fleet import Fleet, longest_push_s
 from sender.packer import Packer
 from sender.plan import PushPlan
 from sender.ranks import Lead, TrainerRanks
@@ -43,6 +44,7 @@ class FP8Sender:
         meeting_timeout_s: how long ranks wait for each other before a push; then `RankMissingError`.
         timeout_s: how long a push may take on the servers, from its first message to its commit.
         plane: the data plane, `gloo`; `memory` is for tests in one process.
+        ca_file: certificates (PEM) that `https` servers are checked against, in place of the system's.
     """
 
     def __init__(
@@ -55,13 +57,15 @@ class FP8Sender:
         meeting_timeout_s: float = 60.0,
         timeout_s: float = 300.0,
         plane: PlaneName = "gloo",
+        ca_file: str | None = None,
     ) -> None:
         if isinstance(servers, str) or not servers:
             raise ConfigError("servers is a list with at least one server URL")
         self._config = config or FP8BlockConfig()
         self._bucket_bytes, self._timeout_s = bucket_bytes, timeout_s
+        self._patience_s = longest_push_s(timeout_s)  # the other ranks wait for rank 0, all of its deadlines added up
         self._ranks = TrainerRanks(meeting_timeout_s)
-        clients = [HttpControl(s, admin_key) if isinstance(s, str) else s for s in servers]
+        clients = [HttpControl(s, admin_key, ca_file) if isinstance(s, str) else s for s in servers]
         self._fleet = Fleet(clients, self._config, plane, timeout_s)
         self._planned: PushPlan | None = None
         self._packer: Packer | None = None
@@ -73,9 +77,8 @@ class FP8Sender:
     def prepare(self, model: nn.Module) -> PushPlan:
         """Collective. Plan and connect now, so that the first push is like the others. Optional."""
         source = ModuleSource(model)
-        self._meet("prepare")
-        lead = Lead(self._ranks)
-        return self._plan(source, lead)
+        same_plan = self._meet("prepare")
+        return self._plan(source, Lead(self._ranks), same_plan)
 
     def push(self, model: nn.Module, *, version: int | None = None) -> PushReport:
         """Collective. Returns when every server serves the weights of `model` as `version` (default: the next number).
@@ -99,15 +102,15 @@ class FP8Sender:
         Training may change the weights at once. No other call of this sender may come before `wait()`.
         """
         source = ModuleSource(model)
-        self._meet("push_async")
+        same_plan = self._meet("push_async")
         clock, lead = PhaseClock(), Lead(self._ranks)
-        plan = self._plan(source, lead)
+        plan = self._plan(source, lead, same_plan)
         snapshot: list[torch.Tensor] = []
         for bucket in plan.layout.buckets:
-            with clock.phase("gather"):
+            with clock.phase("gather"), self._failing_loudly():
                 weights = source.gather(bucket.names)
             with clock.phase("quantize"):
-                lead.run(lambda b=bucket, w=weights: snapshot.append(self._pack(plan, b, w).clone()))
+                lead.run(self._keep, plan, bucket, weights, snapshot)
         source.release()
         self._pending = PushHandle(self, plan, lead, clock, snapshot, version)
         return self._pending
@@ -129,14 +132,14 @@ class FP8Sender:
     # The way of a push
 
     def _push(self, make_source: Callable[[], WeightSource], version: int | None) -> PushReport:
-        self._meet("push")
+        same_plan = self._meet("push")
         clock, lead = PhaseClock(), Lead(self._ranks)
         source = make_source()
         with clock.phase("plan"):
-            plan = self._plan(source, lead)
+            plan = self._plan(source, lead, same_plan)
             lead.run(self._begin, plan, version)
         for bucket in plan.layout.buckets:
-            with clock.phase("gather"):
+            with clock.phase("gather"), self._failing_loudly():
                 weights = source.gather(bucket.names)
             with clock.phase("quantize"):
                 packed = lead.run(self._pack, plan, bucket, weights)
@@ -155,25 +158,38 @@ class FP8Sender:
 
     # Its steps
 
-    def _meet(self, what: str) -> None:
+    def _meet(self, what: str) -> bool:
+        """Whether all ranks hold the same plan."""
         if self._pending is not None:
             raise ConfigError("a push_async is still under way: wait() for it first")
-        self._ranks.meet(what)
+        return self._ranks.meet(what, self._planned.layout.plan_hash if self._planned is not None else "")
 
-    def _plan(self, source: WeightSource, lead: Lead) -> PushPlan:
+    @contextmanager
+    def _failing_loudly(self) -> Iterator[None]:
+        """A gather that raises leaves the other ranks to their group's time-out; the servers need not wait as well."""
+        try:
+            yield
+        except BaseException as error:
+            if self._ranks.is_leader:
+                self._fail(error)
+            raise
+
+    def _plan(self, source: WeightSource, lead: Lead, same_plan: bool) -> PushPlan:
         """The plan of the last push if it still holds, else a new one; rank 0 decides for all ranks."""
-        found = lead.run(self._plan_on_leader, source)
-        if lead.failure is not None:
-            self._fail(lead.failure)
-        text = lead.finish(found, self._timeout_s)
+        found = lead.run(self._plan_on_leader, source, same_plan)
+        try:
+            text = lead.finish(found, self._patience_s, self._fail)
+        except Fp8SyncError:
+            self._planned = None
+            raise
         if text or self._planned is None:
             self._planned = PushPlan.from_json(text, source.tensors, self._bucket_bytes)
             self._packer = None
         return self._planned
 
-    def _plan_on_leader(self, source: WeightSource) -> str:
+    def _plan_on_leader(self, source: WeightSource, same_plan: bool) -> str:
         still_open, self._newest = self._fleet.survey()
-        if still_open and self._planned is not None and self._planned.offered == source.tensors:
+        if same_plan and still_open and self._planned is not None and self._planned.offered == source.tensors:
             return ""
         return self._fleet.plan(source.tensors, self._bucket_bytes).to_json()
 
@@ -187,6 +203,14 @@ class FP8Sender:
         if bucket.index == 0:
             self._packer.begin()
         return self._packer.pack(bucket, weights)
+
+    def _keep(
+        self, plan: PushPlan, bucket: Bucket, weights: dict[str, torch.Tensor], snapshot: list[torch.Tensor]
+    ) -> None:
+        """Quantize into a buffer of its own, complete on return: another thread reads it, on another stream."""
+        snapshot.append(self._pack(plan, bucket, weights).clone())
+        if snapshot[-1].is_cuda:
+            torch.cuda.current_stream(snapshot[-1].device).synchronize()
 
     def _check_finite(self) -> None:
         assert self._packer is not None
@@ -205,11 +229,9 @@ class FP8Sender:
                 seconds=clock.seconds(),
                 servers=self._fleet.names,
             ).model_dump_json()
-        if lead.failure is not None:
-            self._fail(lead.failure)
-        return PushReport.model_validate_json(lead.finish(report, self._timeout_s))
+        return PushReport.model_validate_json(lead.finish(report, self._patience_s, self._fail))
 
-    def _fail(self, failure: Exception) -> None:
+    def _fail(self, failure: BaseException) -> None:
         """On rank 0: tell the servers, and plan anew next time."""
         self._planned = None
         self._fleet.fail(failure)

@@ -8,13 +8,14 @@ BF16 on their own rank before they are gathered.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from sender.ranks import TrainerRanks
@@ -50,9 +51,10 @@ class ModuleSource:
 
     def __init__(self, model: nn.Module) -> None:
         _refuse_foreign(model)
-        self._pieces: dict[str, tuple[nn.Parameter, Piece]] = {}
+        _reshard(model)
+        self._pieces: dict[str, tuple[torch.Tensor, Piece]] = {}
         specs = []
-        for raw_name, parameter in model.named_parameters():
+        for raw_name, parameter in _checkpoint_tensors(model):
             name = canonical_name(raw_name)
             if parameter.dtype not in _WIRE_DTYPES or parameter.is_meta:
                 raise ConfigError(
@@ -63,7 +65,7 @@ class ModuleSource:
                 self._pieces[piece.name] = (parameter, piece)
                 specs.append(TensorSpec.model_validate({"name": piece.name, "shape": piece.shape, "dtype": dtype}))
         self._tensors = tuple(specs)
-        self._gathered: tuple[nn.Parameter | None, torch.Tensor | None] = (None, None)
+        self._gathered: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
 
     @property
     def tensors(self) -> tuple[TensorSpec, ...]:
@@ -72,13 +74,13 @@ class ModuleSource:
     def gather(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
         return {name: self._piece(*self._pieces[name]) for name in names}
 
-    def _piece(self, parameter: nn.Parameter, piece: Piece) -> torch.Tensor:
+    def _piece(self, parameter: torch.Tensor, piece: Piece) -> torch.Tensor:
         whole = self._whole(parameter)
         if piece.expert is None:
             return whole
         return whole[piece.expert].narrow(0, piece.first_row, piece.shape[0])
 
-    def _whole(self, parameter: nn.Parameter) -> torch.Tensor:
+    def _whole(self, parameter: torch.Tensor) -> torch.Tensor:
         """The gathered parameter; kept while its pieces are asked for one after the other."""
         held, whole = self._gathered
         if held is not parameter or whole is None:
@@ -195,6 +197,27 @@ def _cover_problems(name: str, shape: tuple[int, ...], boxes: list[Box]) -> list
     if (twice := overlapped(shape, boxes)) is not None:
         return [f"{name}: different shards hold its part {twice}"]
     return []
+
+
+def _reshard(model: nn.Module) -> None:
+    """Give every FSDP2 module its sharded parameters back.
+
+    After a forward without backward, a module may still hold the gathered copies of before the optimizer's step
+    (the root always does, by default); reading those would push old weights.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def _checkpoint_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and persistent floating-point buffers: what a checkpoint holds of them."""
+    yield from model.named_parameters()
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(prefix=prefix, recurse=False):
+            persistent = name.rpartition(".")[2] not in module._non_persistent_buffers_set
+            if persistent and buffer.is_floating_point():
+                yield name, buffer
 
 
 def _refuse_foreign(model: nn.Module) -> None:

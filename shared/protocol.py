@@ -27,10 +27,15 @@ from shared.errors import ConfigError, IncompatibleServerError
 
 PROTOCOL_VERSION = 1
 MIN_SGLANG_VERSION = "0.5.16"
+CONTROL_PATH, INFO_PATH = "/fp8sync/control", "/fp8sync/info"
+LONGEST_DEADLINE_S = 24 * 3600.0
 
 DTypeName = Literal["bfloat16", "float16", "float32", "float8_e4m3fn"]
 PlaneName = Literal["gloo", "memory"]
 ServerState = Literal["FENCED", "SERVING", "RECEIVING", "STAGED"]
+
+
+Seconds = Annotated[float, Field(gt=0, le=LONGEST_DEADLINE_S, allow_inf_nan=False)]
 
 
 class _Wire(BaseModel):
@@ -111,7 +116,7 @@ class Rendezvous(_Wire):
     key: str
     world_size: int
     first_rank: int
-    timeout_s: float
+    timeout_s: Seconds
 
 
 class Describe(_Wire):
@@ -140,7 +145,7 @@ class Begin(_Wire):
     kind: Literal["begin"] = "begin"
     session: str
     version: int
-    deadline_s: float
+    deadline_s: Seconds
 
 
 class Verify(_Wire):
@@ -154,7 +159,7 @@ class Commit(_Wire):
     kind: Literal["commit"] = "commit"
     session: str
     version: int
-    drain_s: float
+    drain_s: Seconds
 
 
 class Abort(_Wire):

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from receiver_plugin.binding import BindingPlan, Source, trace
+from receiver_plugin.binding import BindingPlan, trace
 from receiver_plugin.manifest import find_quantized, manifest_of, plan_rank, unused_problems, wire_sources
 from receiver_plugin.probe import fingerprint
+from receiver_plugin.recorder import Source
 from receiver_plugin.staging import Staging
 from sender.packer import Packer
 from sender.source import ModuleSource

@@ -19,8 +19,9 @@ from starlette.testclient import TestClient
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from receiver_plugin import http
-from receiver_plugin.http import CONTROL_PATH, INFO_PATH, Control, Gate
+from receiver_plugin.http import Control, Gate
 from shared import errors, protocol
+from shared.protocol import CONTROL_PATH, INFO_PATH
 
 CLOSED = ["/generate", "/v1/completions", "/v1/chat/completions", "/v1/embeddings", "/health", "/health_generate", "/"]
 OPEN = [

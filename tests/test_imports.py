@@ -15,6 +15,7 @@ MAY_IMPORT_SGLANG = {
     "receiver_plugin/entry.py",
     "receiver_plugin/cpu_platform.py",
     "receiver_plugin/sglang_adapter.py",
+    "receiver_plugin/sglang_engine.py",
 }
 FILES = sorted(str(path.relative_to(ROOT)) for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
