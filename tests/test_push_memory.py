@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Iterator
 
@@ -12,10 +13,12 @@ from receiver_plugin.binding import trace
 from receiver_plugin.manifest import wire_sources
 from receiver_plugin.probe import fingerprint
 from receiver_plugin.receiver import Receiver, SingleRank
+from receiver_plugin.staging import Staging
 from sender import FP8BlockConfig, FP8Sender, Shard
 from sender.control import InProcessControl
 from sender.fleet import Fleet
 from sender.quantize import quantize
+from sender.source import ModuleSource
 from shared import errors, protocol
 from shared.planes.memory import MemoryPlane
 from tests.tiny_models import FakeEngine, Served, Trainer
@@ -370,3 +373,27 @@ def test_servers_argument_is_checked(servers: object) -> None:
 def test_an_unreachable_server() -> None:
     with FP8Sender(["http://127.0.0.1:9"], timeout_s=2.0) as sender, pytest.raises(errors.ServerUnreachableError):
         sender.push(Trainer())
+
+
+def test_a_gather_that_fails_leaves_no_server_waiting(
+    server: Server, sender: FP8Sender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(source: ModuleSource, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
+        raise MemoryError("no memory for the whole tensor")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ModuleSource, "gather", broken)
+        assert_refused(server, sender, Trainer(), MemoryError, "no memory")
+    assert_heals(server, sender)
+
+
+def test_a_push_that_failed_frees_its_staging(server: Server, sender: FP8Sender) -> None:
+    faulty(sender, flip)
+    images = []
+    for _ in range(3):
+        with pytest.raises(errors.TransferError):
+            sender.push(Trainer())
+        assert server.receiver._session is None
+        gc.collect()
+        images.append(sum(1 for o in gc.get_objects() if type(o) is Staging))
+    assert images[-1] <= 1

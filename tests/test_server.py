@@ -251,6 +251,20 @@ def test_pushes_under_load_drain_first(pushed_server: LocalServer, sender: FP8Se
             assert reply["output_ids"] == tokens[version], f"version {version} did not compute this reply alone"
 
 
+def test_a_stock_update_fences_until_the_next_push(
+    pushed_server: LocalServer, loaded_server: LocalServer, server_logs: Path, sender: FP8Sender, model: torch.nn.Module
+) -> None:
+    """Weights that came by another route are no version of a push, whatever `weight_version` said before."""
+    response = pushed_server.post("/update_weights_from_disk", {"model_path": str(server_logs / "checkpoint")})
+    assert response.json()["success"], response.text
+    assert info(pushed_server)["state"] == "FENCED"
+    refused = pushed_server.post("/generate", {"input_ids": [1, 2, 3]})
+    assert refused.status_code == 503 and "UpdateWeightFromDisk" in refused.json()["error"]["message"]
+    sender.push(model)
+    assert info(pushed_server)["state"] == "SERVING"
+    assert pushed_server.probe() == loaded_server.probe()
+
+
 def test_the_log_holds_no_traceback(pushed_server: LocalServer) -> None:
     assert "Traceback" not in pushed_server.log.read_text()
 

@@ -1,0 +1,189 @@
+"""Two ranks of one server, on threads: whatever fails on one of them, both give the same answer and stay in step."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+
+from receiver_plugin.probe import fingerprint
+from receiver_plugin.receiver import Receiver
+from receiver_plugin.staging import Staging
+from sender import FP8Sender
+from sender.control import InProcessControl
+from shared import errors, protocol
+from tests.tiny_models import FakeEngine, Served, Trainer
+
+
+class ThreadRanks:
+    """Ranks on threads of one process; `gather` has a deadline, so that a rank left alone is an error, not a hang."""
+
+    def __init__(self, index: int, size: int, barrier: threading.Barrier, table: list[Any]) -> None:
+        self.index, self.size, self._barrier, self._table = index, size, barrier, table
+        self.on_gather: Callable[[int], None] = lambda number: None
+        self.num_gathers = 0
+
+    def gather(self, item: Any) -> list[Any]:
+        self.num_gathers += 1
+        self.on_gather(self.num_gathers)
+        self._table[self.index] = item
+        self._barrier.wait(5.0)
+        found = list(self._table)
+        self._barrier.wait(5.0)
+        return found
+
+
+class Engine(FakeEngine):
+    def info(self, incarnation: str) -> protocol.ServerInfo:
+        return super().info(incarnation).model_copy(update={"num_ranks": 2})
+
+
+class TwoRanks:
+    """Both ranks hold the whole model, which is enough to fall out of step."""
+
+    def __init__(self) -> None:
+        barrier, table = threading.Barrier(2), [None, None]
+        self.ranks = [ThreadRanks(index, 2, barrier, table) for index in range(2)]
+        self.models, self.engines = [Served(), Served()], [Engine(), Engine()]
+        self._pool = ThreadPoolExecutor(2)
+        parts = zip(self.models, self.engines, self.ranks, strict=True)
+        made = [self._pool.submit(Receiver, *part) for part in parts]
+        self.receivers = [future.result(10.0) for future in made]
+        self.control = InProcessControl("two ranks", self.handle)
+
+    def handle(self, message: Any) -> protocol.Reply:
+        replies = [future.result(20.0) for future in [self._pool.submit(r.handle, message) for r in self.receivers]]
+        assert replies[0].model_dump(exclude={"info"}) == replies[1].model_dump(exclude={"info"}), "ranks differ"
+        return replies[0]
+
+
+@pytest.fixture
+def server() -> TwoRanks:
+    return TwoRanks()
+
+
+@pytest.fixture
+def sender(server: TwoRanks) -> Iterator[FP8Sender]:
+    with FP8Sender([server.control], plane="memory", timeout_s=5.0) as made:
+        yield made
+
+
+def assert_heals(server: TwoRanks, sender: FP8Sender) -> None:
+    sender.push(Trainer(seed=5))
+    assert fingerprint(server.models[0]) == fingerprint(server.models[1])
+    assert server.handle(protocol.Describe()).state == "SERVING"
+
+
+def test_both_ranks_get_a_push(server: TwoRanks, sender: FP8Sender) -> None:
+    assert_heals(server, sender)
+
+
+def test_a_refusal_on_one_rank_at_the_start_of_a_push(server: TwoRanks, sender: FP8Sender) -> None:
+    sender.push(Trainer(seed=1))
+    server.engines[1].unsafe_reasons = ["its memory is released"]
+    with pytest.raises(errors.IncompatibleServerError, match=r"memory is released \(rank 1 of 2\)"):
+        sender.push(Trainer(seed=2))
+    server.engines[1].unsafe_reasons = []
+    assert_heals(server, sender)
+
+
+def test_no_memory_for_staging_on_one_rank(
+    server: TwoRanks, sender: FP8Sender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def scarce(model: Any, plan: Any, layout: Any) -> Any:
+        if model is server.models[1]:
+            raise errors.PlanError("no memory for staging")
+        return Staging(model, plan, layout)
+
+    monkeypatch.setattr("receiver_plugin.receiver.Staging", scarce)
+    with pytest.raises(errors.PlanError, match="no memory"):
+        sender.push(Trainer(seed=1))
+    monkeypatch.setattr("receiver_plugin.receiver.Staging", Staging)
+    assert_heals(server, sender)
+
+
+def test_a_copy_that_fails_on_one_rank_fences_both(server: TwoRanks, sender: FP8Sender) -> None:
+    def broken() -> None:
+        raise RuntimeError("device lost")
+
+    server.engines[1].on_synchronize = broken
+    with pytest.raises(errors.CommitError, match=r"fenced.*device lost \(rank 1 of 2\)"):
+        sender.push(Trainer())
+    assert server.handle(protocol.Describe()).state == "FENCED"
+    server.engines[1].on_synchronize = lambda: None
+    assert_heals(server, sender)
+
+
+def test_a_collective_that_fails_after_the_copy_fences(server: TwoRanks, sender: FP8Sender) -> None:
+    """The other rank died: nobody can say whether it copied."""
+    sender.push(Trainer(seed=1))
+    copied = threading.Event()
+    server.engines[0].on_synchronize = copied.set
+    server.engines[1].on_synchronize = copied.set
+
+    def broken(number: int) -> None:
+        if copied.is_set():
+            copied.clear()
+            raise RuntimeError("connection closed by peer")
+
+    server.ranks[0].on_gather = broken
+    server.ranks[1].on_gather = broken
+    with pytest.raises((errors.CommitError, AssertionError)):
+        sender.push(Trainer(seed=2))
+    assert all(receiver._fence is not None for receiver in server.receivers if receiver._version == 1)
+    assert any(receiver._version == 1 for receiver in server.receivers)
+
+
+def test_another_route_changes_the_weights_while_staged(server: TwoRanks, sender: FP8Sender) -> None:
+    sender.push(Trainer(seed=1))
+    sender._fleet.survey()
+    sender._fleet.begin(2)
+    for receiver in server.receivers:
+        receiver.weights_changed("update_weights_from_disk")
+    assert server.handle(protocol.Describe()).fence == "its weights were changed by update_weights_from_disk"
+    with pytest.raises(errors.TransferError, match="changed by update_weights_from_disk"):
+        sender._fleet.verify()
+    sender._fleet.fail(RuntimeError("the test is over"))
+    assert_heals(server, sender)
+
+
+def test_a_loader_that_derives_weights_is_refused(server: TwoRanks, sender: FP8Sender) -> None:
+    for model in server.models:
+        load = model.load_weights
+
+        def load_and_derive(weights: Any, model: Served = model, load: Any = load) -> None:
+            load(weights)
+            norm = dict(model.named_parameters())["model.layers.0.input_layernorm.weight"]
+            model.derived = norm * 2
+
+        model.load_weights = load_and_derive  # type: ignore[method-assign]
+    with pytest.raises(errors.PlanError, match="what it derives would stay that of the old weights"):
+        sender.push(Trainer())
+
+
+def test_persistent_buffers_have_to_arrive(server: TwoRanks, sender: FP8Sender) -> None:
+    for model in server.models:
+        model.register_buffer("layer_scalar", torch.ones(3, dtype=torch.bfloat16))
+        model.register_buffer("cache", torch.ones(3), persistent=False)
+    with pytest.raises(errors.PlanError, match=r"layer_scalar \[3\]: the server needs it and got nothing for it"):
+        sender.push(Trainer())
+    trainer = Trainer()
+    trainer.register_buffer("layer_scalar", torch.tensor([1.0, 2.0, 3.0], dtype=torch.bfloat16))
+    trainer.register_buffer("scratch", torch.ones(3), persistent=False)
+    for model in server.models:
+        load = model.load_weights
+
+        def load_buffers(weights: Any, model: Served = model, load: Any = load) -> None:
+            weights = list(weights)
+            load(item for item in weights if item[0] != "layer_scalar")
+            for name, weight in weights:
+                if name == "layer_scalar":
+                    model.get_buffer("layer_scalar").copy_(weight)
+
+        model.load_weights = load_buffers  # type: ignore[method-assign]
+    sender.push(trainer)
+    assert all(model.get_buffer("layer_scalar").tolist() == [1.0, 2.0, 3.0] for model in server.models)
