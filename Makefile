@@ -93,7 +93,7 @@ env:
 	    fi
 	    [ -x "$$VENV/bin/python" ] || { echo "$$VENV is no virtual environment: name another VENV" >&2; exit 1; }
 	    rm -f "$$VENV"/.fp8sync-????????????????
-	    "$$VENV/bin/python" -m pip install -c requirements/ci.txt -e ".[$$EXTRAS]"
+	    "$$VENV/bin/python" -m pip install -q -c requirements/ci.txt -e ".[$$EXTRAS]"
 	    echo "$$link" > "$$VENV/.fp8sync-link"
 	    touch "$$stamp"
 	elif [ "$$link" != "$$(cat "$$VENV/.fp8sync-link" 2>/dev/null)" ]; then

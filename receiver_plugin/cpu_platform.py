@@ -45,6 +45,9 @@ def _make_platform() -> type:
         _enum = PlatformEnum.OOT
         capabilities = PlatformCapabilities()
 
+        def get_device(self, device_id: int = 0) -> str:
+            return "cpu"  # a string: it becomes the default of --device
+
         def get_default_attention_backend(self) -> str:
             return "torch_native"
 

@@ -148,7 +148,7 @@ class Control:
                     reply = await self._ask(message)
                 return reply
         except TimeoutError:
-            text = f"requests were still running after {message.drain_s:.0f} s; nothing was touched"
+            text = f"requests were still running after {message.drain_s:.0f} s (timeout_s); nothing was touched"
         except Fp8SyncError as error:
             text = f"{error}; nothing was touched"
         error_found = wire.WireError(kind="CommitError", message=text)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from receiver_plugin.binding import BindingPlan, trace
-from receiver_plugin.recorder import Source
+from receiver_plugin.recorder import Source, destinations
 from shared.buckets import DTYPE_NAMES, DTYPES
 from shared.coverage import Box, uncovered
 from shared.errors import PlanError
@@ -79,7 +79,8 @@ def cast_problems(sources: Sequence[Source], plan: BindingPlan) -> list[str]:
         for landed in plan.destination_dtypes.get(source.name, ()):
             if landed != source.dtype and (source.dtype, landed) not in _EXACT_CASTS:
                 mine, theirs = DTYPE_NAMES.get(source.dtype, source.dtype), DTYPE_NAMES.get(landed, landed)
-                problems.append(f"{source.name}: arrives as {mine}, the server holds {theirs}")
+                hint = f" (start it with --dtype {mine})" if landed in (torch.bfloat16, torch.float16) else ""
+                problems.append(f"{source.name}: arrives as {mine}, the server holds {theirs}{hint}")
     return problems
 
 
@@ -94,6 +95,22 @@ def unused_problems(sources: Sequence[Source], findings: Sequence[RankFindings])
             part = ", ".join(f"{start}:{stop}" for start, stop in left)
             problems.append(f"{source.name} {list(source.shape)}: the server has no place for its part [{part}]")
     return problems
+
+
+def with_shapes(problems: Sequence[str], tensors: Sequence[TensorSpec], model: nn.Module) -> list[str]:
+    """`problems`, where what a wrong shape led to is replaced by the two shapes.
+
+    Only for tensors that this rank holds whole and under their own name; others keep what the loader said.
+    """
+    held = {name: tuple(tensor.shape) for name, tensor in destinations(model).items()}
+    found = list(problems)
+    for tensor in tensors:
+        about = (f"{tensor.name}:", f"{tensor.name} [", f"{scale_name(tensor.name)} [")
+        mine = [problem for problem in found if problem.startswith(about) and "arrives as" not in problem]
+        if mine and held.get(tensor.name, tensor.shape) != tensor.shape:
+            found = [problem for problem in found if problem not in mine]
+            found.append(f"{tensor.name}: the trainer has {list(tensor.shape)}, the server {list(held[tensor.name])}")
+    return found
 
 
 def raise_problems(problems: Sequence[str], num_ranks: int) -> None:

@@ -31,6 +31,7 @@ from receiver_plugin.manifest import (
     raise_problems,
     unused_problems,
     wire_sources,
+    with_shapes,
 )
 from receiver_plugin.probe import fingerprint
 from receiver_plugin.session import Session
@@ -126,6 +127,8 @@ class Receiver:
             with torch.inference_mode(False), torch.no_grad():
                 return self._reply(**self._handlers[type(message)](message))
         except Fp8SyncError as error:
+            if self._ranks.index == 0:
+                logger.warning("fp8sync: %s refused: %s", message.kind, error)
             return self._reply(error=_to_wire(error))
         except Exception as error:  # an escaping exception would end the server: SGLang does not catch it
             logger.exception("fp8sync: %s failed", message.kind)
@@ -145,7 +148,10 @@ class Receiver:
         manifest = manifest_of(message.tensors, frozenset().union(*quantized))
         plan, findings = self._trace_on_all(manifest)
         problems = [problem for rank in findings for problem in rank.problems]
-        raise_problems([*problems, *unused_problems(wire_sources(manifest), findings)], self._ranks.size)
+        problems += unused_problems(wire_sources(manifest), findings)
+        if self._ranks.size == 1:
+            problems = with_shapes(problems, message.tensors, self._model)
+        raise_problems(problems, self._ranks.size)
         self._manifest, self._plan = manifest, plan
         return {"manifest": manifest}
 
@@ -199,7 +205,7 @@ class Receiver:
         def check() -> None:
             self._check_safe()
             if moved := session.staging.check_addresses():
-                raise SessionLostError(f"{moved} moved in memory since the plan was made: plan anew")
+                raise SessionLostError(f"{moved} moved in memory since the plan was made: push again")
 
         self._collect(check)
         session.begin(message.version, message.deadline_s)
@@ -294,13 +300,13 @@ class Receiver:
 
     def _session_of(self, session: str) -> Session:
         if self._session is None or self._session.id != session:
-            holder = f"sender {self._session.sender} took over" if self._session else "this server holds no session"
-            raise SessionLostError(f"{holder}: plan anew")
+            holder = f"sender {self._session.sender}" if self._session else "another sender"
+            raise SessionLostError(f"{holder} took over since this one planned: push again to take it back")
         return self._session
 
     def _check_incarnation(self, incarnation: str) -> None:
         if incarnation != self._incarnation:
-            raise SessionLostError("the server restarted since you planned: plan anew")
+            raise SessionLostError("the server restarted since this sender planned: push again")
 
     def _drop_dead_transfer(self) -> None:
         """A sender that died holds nothing: its stage is void, on all ranks alike, once its connection broke or its

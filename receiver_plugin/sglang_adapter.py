@@ -33,7 +33,7 @@ from sglang.version import __version__ as SGLANG_VERSION
 from receiver_plugin.http import Control, Gate
 from receiver_plugin.probe import ProbeOnly
 from receiver_plugin.receiver import Receiver
-from receiver_plugin.sglang_engine import SglangEngine, TpRanks
+from receiver_plugin.sglang_engine import SglangEngine, TpRanks, block_size
 from receiver_plugin.startup import fence_reason
 from shared import protocol as wire
 from shared.errors import IncompatibleServerError, PushError
@@ -127,6 +127,8 @@ def _attach_receiver(result: Any, scheduler: Any) -> None:
         raise SystemExit(f"fp8sync: {error}") from error
     model = scheduler.tp_worker.model_runner.model
     engine, ranks = SglangEngine(scheduler, model), TpRanks(scheduler)
+    if block_size(model) is None:
+        raise SystemExit("fp8sync: this model has no block-FP8 layers: start it as `python -m shared.launch` does")
     if reasons := engine.unsafe():
         raise SystemExit("fp8sync: weights could not be bound in place: " + "; ".join(reasons))
     args = scheduler.server_args

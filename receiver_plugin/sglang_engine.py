@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -43,7 +43,8 @@ class SglangEngine:
             sglang_version=SGLANG_VERSION,
             incarnation=incarnation,
             num_ranks=self._scheduler.tp_group.world_size,
-            block_size=_block_size(self._model),
+            block_size=block_size(self._model),
+            scale_fmt=_scale_fmt(self._scheduler.tp_worker.model_runner.model_config.hf_config),
             device=torch.cuda.get_device_name() if self._on_gpu else "cpu",
             compute_capability="{}.{}".format(*_capability()) if self._on_gpu else "",
             gemm_backend=get_fp8_gemm_runner_backend().value if self._on_gpu else "torch",
@@ -130,7 +131,15 @@ def _why_moe_unsafe(layer: Any, capability: tuple[int, int]) -> str | None:
     return None
 
 
-def _block_size(model: torch.nn.Module) -> tuple[int, int] | None:
+def _scale_fmt(hf_config: Any) -> Literal["fp32", "ue8m0"]:
+    """The scale format that the model's configuration names, overrides included."""
+    described = getattr(hf_config, "quantization_config", None) or {}
+    get = described.get if isinstance(described, dict) else lambda key: getattr(described, key, None)
+    return "ue8m0" if get("scale_fmt") == "ue8m0" else "fp32"
+
+
+def block_size(model: torch.nn.Module) -> tuple[int, int] | None:
+    """The block of the model's FP8 layers, None if it has none."""
     for layer in model.modules():
         config = getattr(getattr(layer, "quant_method", None), "quant_config", None)
         block = getattr(config, "weight_block_size", None)

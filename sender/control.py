@@ -42,6 +42,8 @@ class HttpControl:
         parsed = httpx.URL(url)
         if parsed.scheme not in ("http", "https") or not parsed.host:
             raise ConfigError(f"{url!r} is no server URL: give http://host:port")
+        if parsed.path not in ("", "/"):
+            raise ConfigError(f"{url!r} has a path: give http://host:port alone")
         self.name = url.rstrip("/")
         headers = {"Authorization": f"Bearer {admin_key}"} if admin_key else {}
         self._host, self._port = parsed.host, parsed.port or (443 if parsed.scheme == "https" else 80)

@@ -20,7 +20,15 @@ from sender.plan import PushPlan, agree
 from shared import protocol as wire
 from shared.buckets import make_layout
 from shared.digest import digest
-from shared.errors import CommitError, Fp8SyncError, IncompatibleServerError, PushError, SessionLostError, TransferError
+from shared.errors import (
+    CommitError,
+    ConfigError,
+    Fp8SyncError,
+    IncompatibleServerError,
+    PushError,
+    SessionLostError,
+    TransferError,
+)
 from shared.planes import SendHalf
 from shared.planes.distributed import GroupSender
 from shared.planes.memory import MemoryPlane
@@ -59,7 +67,8 @@ class Fleet:
         self._incarnations: dict[str, str] = {}
         self._plane: SendHalf | None = None
         self._session = ""
-        self._version = 0
+        self._closed = False
+        self._version = self._newest = 0
         self._digests: list[int] = []
 
     @property
@@ -69,16 +78,20 @@ class Fleet:
     # Once
 
     def survey(self) -> tuple[bool, int]:
-        """Whether the servers are still those of the open session, and the newest version that one of them serves."""
+        """Whether the servers are still those of the open session, and the newest version seen on any of them."""
+        if self._closed:
+            raise ConfigError("this sender was closed: make a new one")
+        self._version = 0
         replies = self._each(wire.Describe())
         infos = [(name, reply.info) for name, reply in zip(self.names, replies, strict=True)]
         for name, info in infos:
-            _check_info(name, info)
+            _check_info(name, info, self._config)
         now = {name: info.incarnation for name, info in infos if info is not None}
         known = self._plane is not None and now == self._incarnations
         self._incarnations = now
         self._num_ranks = [info.num_ranks for _, info in infos if info is not None]
-        return known, max(reply.version for reply in replies)
+        self._newest = max(self._newest, *(reply.version for reply in replies))
+        return known, self._newest
 
     def plan(self, offered: tuple[wire.TensorSpec, ...], bucket_bytes: int) -> PushPlan:
         """Offer the tensors, check the manifests, open session and data plane. Nothing of a model is touched."""
@@ -160,10 +173,12 @@ class Fleet:
         if failed:
             done = [name for name in self.names if name not in failed]
             raise CommitError(f"version {self._version} is served by {done or 'no server'} but not by: {failed}")
+        self._newest = self._version
 
     def fail(self, reason: BaseException) -> None:
         """After any failure: every server forgets the push, and the next push opens a new session."""
-        logger.warning("fp8sync: push of version %d failed: %s", self._version, reason)
+        which = f" of version {self._version}" if self._digests or self._version else ""
+        logger.warning("fp8sync: push%s failed: %s", which, str(reason).splitlines()[0] if str(reason) else reason)
         if self._session:
             abort = wire.Abort(session=self._session, version=self._version, reason=str(reason)[:500])
             self._try_each([abort] * len(self._servers), _CONTROL_TIMEOUT_S)
@@ -184,6 +199,7 @@ class Fleet:
 
     def close(self) -> None:
         self.close_session("the sender is closed")
+        self._closed = True
         self._pool.shutdown(wait=True)
         for server in self._servers:
             server.close()
@@ -212,7 +228,7 @@ class Fleet:
         return list(self._pool.map(ask, self._servers, messages))
 
 
-def _check_info(name: str, info: Any) -> None:
+def _check_info(name: str, info: Any, config: wire.FP8BlockConfig) -> None:
     """Raises: IncompatibleServerError: the server cannot take part in a push of this sender."""
     if info is None:
         raise IncompatibleServerError(f"{name} did not say what it is")
@@ -223,6 +239,10 @@ def _check_info(name: str, info: Any) -> None:
     if Version(info.sglang_version) < Version(wire.MIN_SGLANG_VERSION):
         raise IncompatibleServerError(
             f"{name} runs SGLang {info.sglang_version}, older than {wire.MIN_SGLANG_VERSION}, the oldest supported"
+        )
+    if info.scale_fmt != config.scale_fmt:
+        raise IncompatibleServerError(
+            f"{name} serves {info.scale_fmt} scales, this sender sends {config.scale_fmt}: one FP8BlockConfig for both"
         )
     if info.block_size != (128, 128):
         blocks = "no block FP8" if info.block_size is None else f"blocks of {list(info.block_size)}"

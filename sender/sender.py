@@ -61,6 +61,9 @@ class FP8Sender:
     ) -> None:
         if isinstance(servers, str) or not servers:
             raise ConfigError("servers is a list with at least one server URL")
+        names = [server.rstrip("/") if isinstance(server, str) else server.name for server in servers]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ConfigError(f"named twice in servers: {sorted(twice)}")
         self._config = config or FP8BlockConfig()
         self._bucket_bytes, self._timeout_s = bucket_bytes, timeout_s
         self._patience_s = longest_push_s(timeout_s)  # the other ranks wait for rank 0, all of its deadlines added up
@@ -81,7 +84,9 @@ class FP8Sender:
         return self._plan(source, Lead(self._ranks), same_plan)
 
     def push(self, model: nn.Module, *, version: int | None = None) -> PushReport:
-        """Collective. Returns when every server serves the weights of `model` as `version` (default: the next number).
+        """Collective. Returns when every server serves the weights of `model` as `version`.
+
+        Versions are whole numbers that grow. Default: one more than the newest that this sender or a server has seen.
 
         A rank that does not call it is an error on the others after `meeting_timeout_s`. A rank that is lost later,
         inside a gather, is reported by the trainer's process group, within that group's own time-out.
@@ -101,6 +106,7 @@ class FP8Sender:
 
         Training may change the weights at once. No other call of this sender may come before `wait()`.
         """
+        _check_version(version)
         source = ModuleSource(model)
         same_plan = self._meet("push_async")
         clock, lead = PhaseClock(), Lead(self._ranks)
@@ -132,6 +138,7 @@ class FP8Sender:
     # The way of a push
 
     def _push(self, make_source: Callable[[], WeightSource], version: int | None) -> PushReport:
+        _check_version(version)
         same_plan = self._meet("push")
         clock, lead = PhaseClock(), Lead(self._ranks)
         source = make_source()
@@ -235,6 +242,11 @@ class FP8Sender:
         """On rank 0: tell the servers, and plan anew next time."""
         self._planned = None
         self._fleet.fail(failure)
+
+
+def _check_version(version: object) -> None:
+    if version is not None and (not isinstance(version, int) or isinstance(version, bool)):
+        raise ConfigError(f"version={version!r}: versions are whole numbers")
 
 
 class PushHandle:

@@ -50,6 +50,8 @@ class ModuleSource:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        if not isinstance(model, nn.Module):
+            raise ConfigError(f"a {type(model).__name__} is no module: for tensors by name there is push_shards")
         _refuse_foreign(model)
         _reshard(model)
         self._pieces: dict[str, tuple[torch.Tensor, Piece]] = {}
@@ -125,6 +127,8 @@ class ShardSource:
     def __init__(self, shards: Iterable[Shard], ranks: TrainerRanks, timeout_s: float) -> None:
         self._ranks = ranks
         shards = list(shards)
+        if wrong := {type(shard).__name__ for shard in shards if not isinstance(shard, Shard)}:
+            raise ConfigError(f"shards are sender.Shard objects, not {sorted(wrong)}")
         self._mine = {(shard.name, shard.box): shard.tensor.detach() for shard in shards}
         listing = [
             [name, list(tensor.shape), [start for start, _ in box], DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype))]

@@ -7,6 +7,8 @@ and user say. SGLang replaces a checkpoint's `quantization_config` by an overrid
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from shared.protocol import FP8BlockConfig
 
 _OPTIONS = ("--model-path", "--load-plugin", "--quantization", "--load-format", "--json-model-override-args")
 MODEL, PLUGIN, QUANTIZATION, LOAD_FORMAT, OVERRIDES = _OPTIONS
+DTYPE = "--dtype"
 # Two sides that differ in one of these read each other's bytes wrongly.
 _FORMAT_KEYS = ("quant_method", "fmt", "weight_block_size", "activation_scheme", "scale_fmt")
 _FILE_FORMATS = frozenset({"auto", "safetensors", "fastsafetensors", "instanttensor", "layered"})  # read *.safetensors
@@ -44,7 +47,17 @@ def sglang_fp8_args(
     plugins = [word for name in dict.fromkeys(["fp8sync", *given[PLUGIN]]) for word in (PLUGIN, name)]
     overrides = json.dumps(_model_overrides(folder, quantization, given[OVERRIDES]))
     formats = _load_format(folder, given[LOAD_FORMAT])
-    return [MODEL, str(model_path), *plugins, QUANTIZATION, "fp8", *formats, OVERRIDES, overrides, *rest]
+    # Without it SGLang serves a config.json that names no dtype in FP16, and a BF16 trainer could not push to it.
+    dtype = [] if any(word.split("=")[0] == DTYPE for word in rest) else [DTYPE, "bfloat16"]
+    return [MODEL, str(model_path), *plugins, QUANTIZATION, "fp8", *formats, *dtype, OVERRIDES, overrides, *rest]
+
+
+def main(words: Sequence[str]) -> None:
+    """`python -m shared.launch MODEL [SGLANG ARGUMENTS]`: become the SGLang server that these arguments give."""
+    if not words or words[0].startswith("-"):
+        raise SystemExit(main.__doc__)
+    args = sglang_fp8_args(words[0], FP8BlockConfig(), user_args=words[1:])
+    os.execv(sys.executable, [sys.executable, "-m", "sglang.launch_server", *args])
 
 
 def holds_block_fp8_weights(folder: str | Path) -> bool:
@@ -147,3 +160,7 @@ def _header(file: Path) -> dict[str, str]:
             return {name: tensors.get_slice(name).get_dtype() for name in list(tensors.keys())}
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"{file} cannot be read: {error}") from error
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

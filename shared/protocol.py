@@ -193,6 +193,7 @@ class ServerInfo(_Wire):
     incarnation: str
     num_ranks: int
     block_size: tuple[int, int] | None
+    scale_fmt: Literal["fp32", "ue8m0"]
     device: str
     compute_capability: str
     gemm_backend: str

@@ -91,8 +91,8 @@ FIELDS = {
     "TensorSpec": "name shape dtype",
     "ManifestTensor": "name shape dtype quantized",
     "FP8BlockConfig": "block_size dtype scale_fmt zero_scale modules_to_not_convert",
-    "ServerInfo": "protocol sglang_version incarnation num_ranks block_size device compute_capability gemm_backend "
-    "moe_backend",
+    "ServerInfo": "protocol sglang_version incarnation num_ranks block_size scale_fmt device compute_capability "
+    "gemm_backend moe_backend",
 }
 
 

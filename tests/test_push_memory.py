@@ -196,7 +196,7 @@ def test_wrong_shapes_are_all_listed(server: Server, sender: FP8Sender) -> None:
     with pytest.raises(errors.PlanError) as caught:
         sender.push(model)
     text = str(caught.value)
-    assert "layers.0.mlp.down_proj.weight: the model's loader refused it" in text
+    assert "layers.0.mlp.down_proj.weight: the trainer has [191, 256], the server [192, 256]" in text
     assert "layers.1.self_attn.q_proj.weight [300, 192]: the server has no place for its part [256:300, 0:192]" in text
     assert_heals(server, sender)
 
@@ -210,7 +210,9 @@ def test_servers_that_cannot_take_part(server: Server, sender: FP8Sender) -> Non
     assert_refused(server, sender, Trainer(), errors.IncompatibleServerError, r"blocks of \[64, 64\]")
     server.engine.block_size = None
     assert_refused(server, sender, Trainer(), errors.IncompatibleServerError, "no block FP8")
-    server.engine.block_size, server.engine.sglang_version = (128, 128), "0.5.15"
+    server.engine.block_size, server.engine.scale_fmt = (128, 128), "ue8m0"
+    assert_refused(server, sender, Trainer(), errors.IncompatibleServerError, "serves ue8m0 scales, this sender sends")
+    server.engine.scale_fmt, server.engine.sglang_version = "fp32", "0.5.15"
     assert_refused(server, sender, Trainer(), errors.IncompatibleServerError, "older than 0.5.16")
     server.engine.sglang_version, server.engine.unsafe_reasons = "0.5.16", ["layer 3 is packed for AMX"]
     assert_refused(server, sender, Trainer(), errors.IncompatibleServerError, "layer 3 is packed for AMX")
@@ -364,7 +366,10 @@ def test_a_plan_writes_nothing() -> None:
     assert fingerprint(served) == before
 
 
-@pytest.mark.parametrize("servers", [[], "http://127.0.0.1:1", ["ftp://x"], ["127.0.0.1:30000"]])
+BAD_SERVERS = [[], "http://127.0.0.1:1", ["ftp://x"], ["127.0.0.1:30000"], ["http://h:1/v1"], ["http://h:1"] * 2]
+
+
+@pytest.mark.parametrize("servers", BAD_SERVERS)
 def test_servers_argument_is_checked(servers: object) -> None:
     with pytest.raises(errors.ConfigError):
         FP8Sender(servers)  # type: ignore[arg-type]
@@ -397,3 +402,26 @@ def test_a_push_that_failed_frees_its_staging(server: Server, sender: FP8Sender)
         gc.collect()
         images.append(sum(1 for o in gc.get_objects() if type(o) is Staging))
     assert images[-1] <= 1
+
+
+@pytest.mark.parametrize("version", ["step-5", 1.0, True])
+def test_versions_are_whole_numbers(sender: FP8Sender, version: object) -> None:
+    with pytest.raises(errors.ConfigError, match="whole numbers"):
+        sender.push(Trainer(), version=version)  # type: ignore[arg-type]
+
+
+def test_calls_that_cannot_work_say_so(sender: FP8Sender) -> None:
+    with pytest.raises(errors.ConfigError, match="is no module"):
+        sender.push(Trainer().state_dict())  # type: ignore[arg-type]
+    with pytest.raises(errors.ConfigError, match=r"sender\.Shard objects"):
+        sender.push_shards(Trainer().state_dict())  # type: ignore[arg-type]
+    sender.close()
+    with pytest.raises(errors.ConfigError, match="was closed"):
+        sender.push(Trainer())
+
+
+def test_versions_go_on_after_a_server_restarted(server: Server, sender: FP8Sender) -> None:
+    sender.push(Trainer(), version=7)
+    server.receiver = Receiver(server.model, server.engine, SingleRank(), "restarted")
+    server.control._handle = server.receiver.handle
+    assert sender.push(Trainer()).version == 8

@@ -255,7 +255,8 @@ def test_a_stock_update_fences_until_the_next_push(
     pushed_server: LocalServer, loaded_server: LocalServer, server_logs: Path, sender: FP8Sender, model: torch.nn.Module
 ) -> None:
     """Weights that came by another route are no version of a push, whatever `weight_version` said before."""
-    response = pushed_server.post("/update_weights_from_disk", {"model_path": str(server_logs / "checkpoint")})
+    stock = {"model_path": str(server_logs / "checkpoint"), "load_format": "safetensors"}
+    response = pushed_server.post("/update_weights_from_disk", stock)
     assert response.json()["success"], response.text
     assert info(pushed_server)["state"] == "FENCED"
     refused = pushed_server.post("/generate", {"input_ids": [1, 2, 3]})

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -123,6 +123,7 @@ class FakeEngine:
         self.unsafe_reasons: list[str] = []
         self.block_size: tuple[int, int] | None = (128, 128)
         self.sglang_version = "0.5.23"
+        self.scale_fmt: Literal["fp32", "ue8m0"] = "fp32"
         self.on_synchronize: Callable[[], None] = lambda: None
 
     def info(self, incarnation: str) -> ServerInfo:
@@ -132,6 +133,7 @@ class FakeEngine:
             incarnation=incarnation,
             num_ranks=1,
             block_size=self.block_size,
+            scale_fmt=self.scale_fmt,
             device="cpu",
             compute_capability="",
             gemm_backend="torch",
