@@ -34,6 +34,7 @@ from receiver_plugin.manifest import (
     with_shapes,
 )
 from receiver_plugin.probe import fingerprint
+from receiver_plugin.ranks import Ranks, collect, to_wire
 from receiver_plugin.session import Session
 from receiver_plugin.staging import Staging
 from shared import protocol as wire
@@ -42,25 +43,13 @@ from shared.errors import (
     CommitError,
     Fp8SyncError,
     IncompatibleServerError,
-    PlanError,
     PushError,
     ServerBusyError,
     SessionLostError,
     StaleVersionError,
-    error_from_wire,
 )
 
 logger = logging.getLogger(__name__)
-
-
-class Ranks(Protocol):
-    """The ranks of this server (one scheduler process each)."""
-
-    index: int
-    size: int
-
-    def gather(self, item: Any) -> list[Any]:
-        """`item` of every rank, in order, on every rank. A collective."""
 
 
 class Engine(Protocol):
@@ -79,15 +68,6 @@ class Engine(Protocol):
 
     def publish(self, version: int) -> None:
         """From here on replies carry `version`."""
-
-
-class SingleRank:
-    """A server of one rank."""
-
-    index, size = 0, 1
-
-    def gather(self, item: Any) -> list[Any]:
-        return [item]
 
 
 class Receiver:
@@ -129,10 +109,10 @@ class Receiver:
         except Fp8SyncError as error:
             if self._ranks.index == 0:
                 logger.warning("fp8sync: %s refused: %s", message.kind, error)
-            return self._reply(error=_to_wire(error))
+            return self._reply(error=to_wire(error))
         except Exception as error:  # an escaping exception would end the server: SGLang does not catch it
             logger.exception("fp8sync: %s failed", message.kind)
-            return self._reply(error=_to_wire(PushError(f"{message.kind} failed: {type(error).__name__}: {error}")))
+            return self._reply(error=to_wire(PushError(f"{message.kind} failed: {type(error).__name__}: {error}")))
 
     def _reply(self, **fields: Any) -> wire.Reply:
         return wire.Reply(state=self.state, version=self._version, fence=self._fence, **fields)
@@ -143,8 +123,8 @@ class Receiver:
         return {"info": self._engine.info(self._incarnation)}
 
     def _offer(self, message: wire.Offer) -> dict[str, Any]:
-        self._collect(self._check_safe)
-        quantized = self._collect(lambda: find_quantized(self._model, message.tensors))
+        collect(self._ranks, self._check_safe)
+        quantized = collect(self._ranks, lambda: find_quantized(self._model, message.tensors))
         manifest = manifest_of(message.tensors, frozenset().union(*quantized))
         plan, findings = self._trace_on_all(manifest)
         problems = [problem for rank in findings for problem in rank.problems]
@@ -163,7 +143,7 @@ class Receiver:
             plans.append(plan)
             return findings
 
-        findings = self._collect(trace_here)
+        findings = collect(self._ranks, trace_here)
         return plans[0], findings
 
     def _check_safe(self) -> None:
@@ -187,7 +167,7 @@ class Receiver:
             self._session = Session(message, layout, staging, message.rendezvous.first_rank + self._ranks.index)
 
         try:
-            self._collect(start)
+            collect(self._ranks, start)
         except Fp8SyncError:
             self._end_session()  # on the ranks where it succeeded, so that all ranks hold the same
             raise
@@ -207,7 +187,7 @@ class Receiver:
             if moved := session.staging.check_addresses():
                 raise SessionLostError(f"{moved} moved in memory since the plan was made: push again")
 
-        self._collect(check)
+        collect(self._ranks, check)
         session.begin(message.version, message.deadline_s)
         return {}
 
@@ -215,16 +195,16 @@ class Receiver:
         transfer = self._session_of(message.session).transfer_of(message.version)
         if not all(self._ranks.gather(transfer.done.is_set())):
             return {}  # still RECEIVING: the sender asks again
-        self._collect(lambda: transfer.verify(message.digests))
+        collect(self._ranks, lambda: transfer.verify(message.digests))
         return {}
 
     def _commit(self, message: wire.Commit) -> dict[str, Any]:
         session = self._session_of(message.session)
         transfer = session.transfer_of(message.version)
-        self._collect(lambda: self._ready_to_commit(session, transfer))
+        collect(self._ranks, lambda: self._ready_to_commit(session, transfer))
         self._fence = f"version {message.version} was copied in part only"  # until every rank says otherwise
         try:
-            self._collect(lambda: self._copy(session))
+            collect(self._ranks, lambda: self._copy(session))
             self._engine.publish(message.version)
         except Exception as error:
             self._fence = f"{self._fence}: {error}"
@@ -266,7 +246,7 @@ class Receiver:
         return {}
 
     def _probe(self, message: wire.Probe) -> dict[str, Any]:
-        return {"probe": tuple(self._collect(lambda: fingerprint(self._model)))}
+        return {"probe": tuple(collect(self._ranks, lambda: fingerprint(self._model)))}
 
     # From outside
 
@@ -278,25 +258,6 @@ class Receiver:
             self._session.end_transfer(self._fence)
 
     # Helpers
-
-    def _collect(self, step: Callable[[], Any]) -> list[Any]:
-        """The results of `step` of all ranks. If it failed on any, that error is raised on all: none goes on alone."""
-        mine: Any = None
-        failure: tuple[str, str, tuple[str, ...]] | None = None
-        try:
-            mine = step()
-        except Fp8SyncError as error:
-            failure = _parts(error)
-        except Exception as error:
-            logger.exception("fp8sync: a step failed on rank %d", self._ranks.index)
-            failure = _parts(PushError(f"{type(error).__name__}: {error}"))
-        outcomes = self._ranks.gather((failure, mine))
-        failed = [(rank, found) for rank, (found, _) in enumerate(outcomes) if found is not None]
-        if failed:
-            rank, (kind, text, problems) = failed[0]
-            where = f" (rank {rank} of {self._ranks.size})" if self._ranks.size > 1 else ""
-            raise error_from_wire(kind, text + where, problems)
-        return [result for _, result in outcomes]
 
     def _session_of(self, session: str) -> Session:
         if self._session is None or self._session.id != session:
@@ -324,17 +285,3 @@ class Receiver:
         if self._session is not None:
             self._session.close()
             self._session = None
-
-
-def _parts(error: Fp8SyncError) -> tuple[str, str, tuple[str, ...]]:
-    found = _to_wire(error)
-    return found.kind, found.message, found.problems
-
-
-def _to_wire(error: Fp8SyncError) -> wire.WireError:
-    problems = error.problems if isinstance(error, PlanError) else ()
-    message = str(error).split("\n  - ")[0] if problems else str(error)
-    return wire.WireError(kind=type(error).__name__, message=message, problems=problems)
-
-
-__all__ = ["Engine", "Ranks", "Receiver", "SingleRank"]

@@ -1,42 +1,35 @@
-"""Where fp8sync is hooked into SGLang (0.5.16 to 0.5.23). With `sglang_engine`, all that touches SGLang's insides.
+"""Where fp8sync is hooked into SGLang (0.5.16 to 0.5.23).
 
-    launcher process    routes and gate on the HTTP server, one more request type on the tokenizer manager
-    scheduler process   one Receiver per rank, answering that request type in the scheduler's event loop
+    launcher process    routes and gate on the HTTP server (`sglang_http`), one more request type (`sglang_messages`)
+    scheduler process   one Receiver per rank, answering that request type in the event loop (here, `sglang_engine`)
+
+These four modules are all that touches SGLang's insides; `entry` and `cpu_platform` use its public seams.
 
 A hook whose target is not there ends the start and names it.
 """
 
 from __future__ import annotations
 
-import asyncio
-import inspect
 import logging
 import pkgutil
-import secrets
-import ssl
-import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import httpx
 from huggingface_hub import snapshot_download
-from sglang.srt.entrypoints import http_server
 from sglang.srt.managers import io_struct, tokenizer_control_mixin
-from sglang.srt.managers.io_struct import BaseReq
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-from sglang.srt.utils.auth import AuthLevel, auth_level
 from sglang.utils import TypeBasedDispatcher
 from sglang.version import __version__ as SGLANG_VERSION
 
-from receiver_plugin.http import Control, Gate
 from receiver_plugin.probe import ProbeOnly
 from receiver_plugin.receiver import Receiver
 from receiver_plugin.sglang_engine import SglangEngine, TpRanks, block_size
+from receiver_plugin.sglang_http import run_with_control, run_with_probe, send_unless_fenced
+from receiver_plugin.sglang_messages import Fp8SyncReqInput, Fp8SyncReqOutput
 from receiver_plugin.startup import fence_reason
 from shared import protocol as wire
-from shared.errors import IncompatibleServerError, PushError
+from shared.errors import IncompatibleServerError
 
 logger = logging.getLogger(__name__)
 
@@ -45,24 +38,9 @@ _HTTP = "sglang.srt.entrypoints.http_server._setup_and_run_http_server"
 _MANAGER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
 _UPDATER = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
 _UPDATES = ("update_weights_from_disk", "update_weights_from_distributed", "update_weights_from_tensor")
-_ANSWER_TIMEOUT_S = 55.0
-_WARM_UP_S = 120.0
 
 _receiver: Receiver | None = None  # of this scheduler process
-_control: Control | None = None  # of this HTTP process
 _keep_on_host = False  # whether SGLang restores the weights when their memory is resumed
-
-
-class Fp8SyncReqInput(BaseReq, kw_only=True):  # type: ignore[call-arg]
-    """A control message on its way to the schedulers. `nonce` pairs it with its answer."""
-
-    nonce: str
-    message: str
-
-
-class Fp8SyncReqOutput(BaseReq, kw_only=True):  # type: ignore[call-arg]
-    nonce: str
-    reply: str
 
 
 # Installing
@@ -181,123 +159,11 @@ def _after_check(result: Any, updater: Any, request: Any, *rest: Any, **more: An
         _receiver.weights_changed("/weights_checker")
 
 
-# The HTTP process
-
-
-class SchedulerChannel:
-    """From the HTTP process to the schedulers, by the request type that this module adds."""
-
-    def __init__(self, tokenizer_manager: Any) -> None:
-        self._manager = tokenizer_manager
-
-    async def ask(self, message: str) -> wire.Reply:
-        self._manager.auto_create_handle_loop()
-        nonce = secrets.token_hex(8)
-        request = Fp8SyncReqInput(nonce=nonce, message=message)
-        try:
-            outputs = await asyncio.wait_for(self._manager.fp8sync_communicator(request), _ANSWER_TIMEOUT_S)
-        except TimeoutError:
-            raise PushError(f"the schedulers did not answer within {_ANSWER_TIMEOUT_S:.0f} s") from None
-        if len(outputs) != 1 or outputs[0].nonce != nonce:
-            raise PushError("the schedulers answered another message: a late answer to one that was given up")
-        return wire.Reply.model_validate_json(outputs[0].reply)
-
-    @asynccontextmanager
-    async def drained(self) -> AsyncIterator[None]:
-        """SGLang's own lock for weight updates: every request holds its reader side for as long as it runs.
-
-        Raises: PushError: generation is paused, so that the requests under way will not end.
-        """
-        lock = self._manager.model_update_lock
-        if self._manager.is_pause and lock._readers:
-            raise PushError("generation is paused with requests under way: continue or abort them first")
-        try:
-            await lock.acquire_writer()
-        except asyncio.CancelledError:
-            async with lock._lock:  # those who waited for us behind the door are woken by nobody else
-                lock._cond.notify_all()
-            raise
-        try:
-            yield
-        finally:
-            await lock.release_writer()
-
-    def publish(self, version: int) -> None:
-        self._manager._update_weight_version_if_provided(str(version))
-
-
-def _send_unless_fenced(original: Any, *args: Any, **kwargs: Any) -> Any:
-    """Requests that passed the gate may have waited for a commit that failed. Without the HTTP server none pass."""
-    if _control is None:
-        raise RuntimeError("fp8sync is loaded, but the requests do not come through its HTTP server")
-    _control.refuse_if_fenced()
-    return original(*args, **kwargs)
-
-
-def _run_with_control(original: Any, *args: Any, **kwargs: Any) -> Any:
-    global _control
-    bound = inspect.signature(original).bind(*args, **kwargs)
-    bound.apply_defaults()
-    manager = bound.arguments["tokenizer_manager"]
-    _control = Control(SchedulerChannel(manager))
-    http_server.app.add_middleware(Gate, control=_control)
-    _add_routes(_control)
-    stock_warmup = bound.arguments["execute_warmup_func"]
-    bound.arguments["execute_warmup_func"] = lambda server_args: _warm_up(server_args, manager, stock_warmup)
-    return original(*bound.args, **bound.kwargs)
-
-
-def _run_with_probe(original: Any, *args: Any, **kwargs: Any) -> Any:
-    manager = inspect.signature(original).bind(*args, **kwargs).arguments["tokenizer_manager"]
-    _add_routes(Control(SchedulerChannel(manager)))
-    return original(*args, **kwargs)
-
-
-def _add_routes(control: Control) -> None:
-    admin = auth_level(AuthLevel.ADMIN_OPTIONAL)
-
-    async def on_control(request: Any) -> Any:
-        return await control.control(request)
-
-    async def on_info(request: Any) -> Any:
-        return await control.info(request)
-
-    http_server.app.add_route(wire.CONTROL_PATH, admin(on_control), methods=["POST"])
-    http_server.app.add_route(wire.INFO_PATH, admin(on_info), methods=["GET"])
-
-
-def _warm_up(server_args: Any, manager: Any, stock_warmup: Callable[[Any], bool]) -> bool:
-    """SGLang's warm-up sends a request and ends the server if it is refused, as a fenced server would."""
-    from sglang.srt.managers.tokenizer_manager import ServerStatus
-
-    key = server_args.admin_api_key or server_args.api_key
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    url = server_args.url() + wire.INFO_PATH
-    # This server's own certificate, read from its own file, or the system's authorities where TLS ends elsewhere.
-    verify = ssl.create_default_context(cafile=server_args.ssl_certfile) if server_args.ssl_certfile else True
-    if isinstance(verify, ssl.SSLContext):
-        verify.check_hostname = False  # it is reached over its loopback address, whatever name it was issued for
-    deadline, last = time.monotonic() + _WARM_UP_S, httpx.TransportError("never asked")
-    while time.monotonic() < deadline:
-        try:
-            reply = httpx.get(url, headers=headers, timeout=60.0, trust_env=False, verify=verify)
-        except httpx.TransportError as error:
-            last = error
-            time.sleep(0.2)
-            continue
-        if reply.status_code == 200 and wire.Reply.model_validate_json(reply.content).fence is not None:
-            manager.server_status = ServerStatus.Up
-            return True
-        return stock_warmup(server_args)
-    logger.error("fp8sync: %s did not answer within %.0f s: %s", url, _WARM_UP_S, last)
-    return False
-
-
 _HOOKS: tuple[tuple[str, Any, HookType], ...] = (
     (_SCHEDULER, _attach_receiver, HookType.AFTER),
-    (_HTTP, _run_with_control, HookType.AROUND),
-    (f"{_MANAGER}._send_one_request", _send_unless_fenced, HookType.AROUND),
-    (f"{_MANAGER}._send_batch_request", _send_unless_fenced, HookType.AROUND),
+    (_HTTP, run_with_control, HookType.AROUND),
+    (f"{_MANAGER}._send_one_request", send_unless_fenced, HookType.AROUND),
+    (f"{_MANAGER}._send_batch_request", send_unless_fenced, HookType.AROUND),
     *((f"{_UPDATER}.{name}", _after_update, HookType.AFTER) for name in (*_UPDATES, "update_weights_from_ipc")),
     (f"{_UPDATER}.release_memory_occupation", _after_memory_call, HookType.AFTER),
     (f"{_UPDATER}.resume_memory_occupation", _after_memory_call, HookType.AFTER),
@@ -305,5 +171,5 @@ _HOOKS: tuple[tuple[str, Any, HookType], ...] = (
 )
 _PROBE_HOOKS: tuple[tuple[str, Any, HookType], ...] = (
     (_SCHEDULER, _attach_probe, HookType.AFTER),
-    (_HTTP, _run_with_probe, HookType.AROUND),
+    (_HTTP, run_with_probe, HookType.AROUND),
 )

@@ -13,7 +13,6 @@ the servers serving what they served (see the errors in `shared.errors`).
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
@@ -23,6 +22,7 @@ from torch import nn
 
 from sender.control import ControlClient, HttpControl
 from sender.fleet import Fleet, longest_push_s
+from sender.handle import PushHandle
 from sender.packer import Packer
 from sender.plan import PushPlan
 from sender.ranks import Lead, TrainerRanks
@@ -118,7 +118,9 @@ class FP8Sender:
             with clock.phase("quantize"):
                 lead.run(self._keep, plan, bucket, weights, snapshot)
         source.release()
-        self._pending = PushHandle(self, plan, lead, clock, snapshot, version)
+        self._pending = PushHandle(
+            lambda: self._transfer(plan, lead, clock, snapshot, version), lambda: self._finish(plan, lead, clock)
+        )
         return self._pending
 
     def close(self) -> None:
@@ -153,15 +155,27 @@ class FP8Sender:
             with clock.phase("send"):
                 lead.run(self._fleet.send, packed, bucket.index)
         source.release()
-        return self._publish(plan, lead, clock)
+        self._publish(lead, clock)
+        return self._finish(plan, lead, clock)
 
-    def _publish(self, plan: PushPlan, lead: Lead, clock: PhaseClock) -> PushReport:
+    def _publish(self, lead: Lead, clock: PhaseClock) -> None:
         with clock.phase("verify"):
             lead.run(self._check_finite)
             lead.run(self._fleet.verify)
         with clock.phase("commit"):
             lead.run(self._fleet.commit)
-        return self._finish(plan, lead, clock)
+
+    def _transfer(
+        self, plan: PushPlan, lead: Lead, clock: PhaseClock, snapshot: list[torch.Tensor], version: int | None
+    ) -> None:
+        """The rest of `push_async`, on a thread of its own."""
+        lead.run(self._check_finite)
+        lead.run(self._begin, plan, version)
+        for index, packed in enumerate(snapshot):
+            with clock.phase("send"):
+                lead.run(self._fleet.send, packed, index)
+        snapshot.clear()
+        self._publish(lead, clock)
 
     # Its steps
 
@@ -224,6 +238,7 @@ class FP8Sender:
         self._packer.check_finite()
 
     def _finish(self, plan: PushPlan, lead: Lead, clock: PhaseClock) -> PushReport:
+        self._pending = None
         report = ""
         if self._ranks.is_leader and lead.failure is None:
             report = PushReport(
@@ -247,43 +262,3 @@ class FP8Sender:
 def _check_version(version: object) -> None:
     if version is not None and (not isinstance(version, int) or isinstance(version, bool)):
         raise ConfigError(f"version={version!r}: versions are whole numbers")
-
-
-class PushHandle:
-    """A push under way. `wait()` is collective."""
-
-    def __init__(
-        self,
-        sender: FP8Sender,
-        plan: PushPlan,
-        lead: Lead,
-        clock: PhaseClock,
-        snapshot: list[torch.Tensor],
-        version: int | None,
-    ) -> None:
-        self._sender, self._plan, self._lead, self._clock = sender, plan, lead, clock
-        self._snapshot, self._version = snapshot, version
-        self._thread = threading.Thread(target=self._transfer, name="fp8sync-push", daemon=True)
-        self._thread.start()
-
-    def wait(self) -> PushReport:
-        """Collective. Returns when every server serves the new weights; raises as `FP8Sender.push`."""
-        self._thread.join()
-        sender = self._sender
-        if sender._pending is not self:
-            raise Fp8SyncError("this push was waited for already, or its sender was closed")
-        sender._pending = None
-        return sender._finish(self._plan, self._lead, self._clock)
-
-    def _transfer(self) -> None:
-        sender, lead = self._sender, self._lead
-        lead.run(sender._check_finite)
-        lead.run(sender._begin, self._plan, self._version)
-        for index, packed in enumerate(self._snapshot):
-            with self._clock.phase("send"):
-                lead.run(sender._fleet.send, packed, index)
-        self._snapshot = []
-        with self._clock.phase("verify"):
-            lead.run(sender._fleet.verify)
-        with self._clock.phase("commit"):
-            lead.run(sender._fleet.commit)

@@ -21,7 +21,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from receiver_plugin.probe import fingerprint
-from receiver_plugin.receiver import Receiver, SingleRank
+from receiver_plugin.ranks import SingleRank
+from receiver_plugin.receiver import Receiver
 from receiver_plugin.startup import fence_reason
 from sender import FP8Sender, Shard, export_checkpoint
 from sender.control import ControlClient

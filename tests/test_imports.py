@@ -16,6 +16,8 @@ MAY_IMPORT_SGLANG = {
     "receiver_plugin/cpu_platform.py",
     "receiver_plugin/sglang_adapter.py",
     "receiver_plugin/sglang_engine.py",
+    "receiver_plugin/sglang_http.py",
+    "receiver_plugin/sglang_messages.py",
 }
 FILES = sorted(str(path.relative_to(ROOT)) for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 

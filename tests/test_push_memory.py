@@ -12,7 +12,8 @@ import torch
 from receiver_plugin.binding import trace
 from receiver_plugin.manifest import wire_sources
 from receiver_plugin.probe import fingerprint
-from receiver_plugin.receiver import Receiver, SingleRank
+from receiver_plugin.ranks import SingleRank
+from receiver_plugin.receiver import Receiver
 from receiver_plugin.staging import Staging
 from sender import FP8BlockConfig, FP8Sender, Shard
 from sender.control import InProcessControl

@@ -202,6 +202,7 @@ time.sleep(600)
 
 
 def test_a_sender_killed_in_mid_push(pushed_server: LocalServer, sender: FP8Sender, model: torch.nn.Module) -> None:
+    sender.push(model)  # this sender holds the session that the other one takes
     before = pushed_server.probe()
     command = [sys.executable, "-c", DYING_SENDER, pushed_server.url]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as dying:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from receiver_plugin.receiver import SingleRank
+from receiver_plugin.ranks import SingleRank
 from shared.numerics import scale_shape
 from shared.protocol import PROTOCOL_VERSION, ServerInfo
 

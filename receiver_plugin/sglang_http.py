@@ -1,0 +1,137 @@
+"""The HTTP process of SGLang (0.5.16 to 0.5.23): our routes, the gate, the fence where requests leave, the warm-up."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import secrets
+import ssl
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+from sglang.srt.entrypoints import http_server
+from sglang.srt.utils.auth import AuthLevel, auth_level
+
+from receiver_plugin.http import Control, Gate
+from receiver_plugin.sglang_messages import Fp8SyncReqInput
+from shared import protocol as wire
+from shared.errors import PushError
+
+logger = logging.getLogger(__name__)
+
+_ANSWER_TIMEOUT_S = 55.0
+_WARM_UP_S = 120.0
+_control: Control | None = None  # of this process
+
+
+class SchedulerChannel:
+    """From the HTTP process to the schedulers, by the request type that this module adds."""
+
+    def __init__(self, tokenizer_manager: Any) -> None:
+        self._manager = tokenizer_manager
+
+    async def ask(self, message: str) -> wire.Reply:
+        self._manager.auto_create_handle_loop()
+        nonce = secrets.token_hex(8)
+        request = Fp8SyncReqInput(nonce=nonce, message=message)
+        try:
+            outputs = await asyncio.wait_for(self._manager.fp8sync_communicator(request), _ANSWER_TIMEOUT_S)
+        except TimeoutError:
+            raise PushError(f"the schedulers did not answer within {_ANSWER_TIMEOUT_S:.0f} s") from None
+        if len(outputs) != 1 or outputs[0].nonce != nonce:
+            raise PushError("the schedulers answered another message: a late answer to one that was given up")
+        return wire.Reply.model_validate_json(outputs[0].reply)
+
+    @asynccontextmanager
+    async def drained(self) -> AsyncIterator[None]:
+        """SGLang's own lock for weight updates: every request holds its reader side for as long as it runs.
+
+        Raises: PushError: generation is paused, so that the requests under way will not end.
+        """
+        lock = self._manager.model_update_lock
+        if self._manager.is_pause and lock._readers:
+            raise PushError("generation is paused with requests under way: continue or abort them first")
+        try:
+            await lock.acquire_writer()
+        except asyncio.CancelledError:
+            async with lock._lock:  # those who waited for us behind the door are woken by nobody else
+                lock._cond.notify_all()
+            raise
+        try:
+            yield
+        finally:
+            await lock.release_writer()
+
+    def publish(self, version: int) -> None:
+        self._manager._update_weight_version_if_provided(str(version))
+
+
+def send_unless_fenced(original: Any, *args: Any, **kwargs: Any) -> Any:
+    """Requests that passed the gate may have waited for a commit that failed. Without the HTTP server none pass."""
+    if _control is None:
+        raise RuntimeError("fp8sync is loaded, but the requests do not come through its HTTP server")
+    _control.refuse_if_fenced()
+    return original(*args, **kwargs)
+
+
+def run_with_control(original: Any, *args: Any, **kwargs: Any) -> Any:
+    global _control
+    bound = inspect.signature(original).bind(*args, **kwargs)
+    bound.apply_defaults()
+    manager = bound.arguments["tokenizer_manager"]
+    _control = Control(SchedulerChannel(manager))
+    http_server.app.add_middleware(Gate, control=_control)
+    _add_routes(_control)
+    stock_warmup = bound.arguments["execute_warmup_func"]
+    bound.arguments["execute_warmup_func"] = lambda server_args: _warm_up(server_args, manager, stock_warmup)
+    return original(*bound.args, **bound.kwargs)
+
+
+def run_with_probe(original: Any, *args: Any, **kwargs: Any) -> Any:
+    manager = inspect.signature(original).bind(*args, **kwargs).arguments["tokenizer_manager"]
+    _add_routes(Control(SchedulerChannel(manager)))
+    return original(*args, **kwargs)
+
+
+def _add_routes(control: Control) -> None:
+    admin = auth_level(AuthLevel.ADMIN_OPTIONAL)
+
+    async def on_control(request: Any) -> Any:
+        return await control.control(request)
+
+    async def on_info(request: Any) -> Any:
+        return await control.info(request)
+
+    http_server.app.add_route(wire.CONTROL_PATH, admin(on_control), methods=["POST"])
+    http_server.app.add_route(wire.INFO_PATH, admin(on_info), methods=["GET"])
+
+
+def _warm_up(server_args: Any, manager: Any, stock_warmup: Callable[[Any], bool]) -> bool:
+    """SGLang's warm-up sends a request and ends the server if it is refused, as a fenced server would."""
+    from sglang.srt.managers.tokenizer_manager import ServerStatus
+
+    key = server_args.admin_api_key or server_args.api_key
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    url = server_args.url() + wire.INFO_PATH
+    # This server's own certificate, read from its own file, or the system's authorities where TLS ends elsewhere.
+    verify = ssl.create_default_context(cafile=server_args.ssl_certfile) if server_args.ssl_certfile else True
+    if isinstance(verify, ssl.SSLContext):
+        verify.check_hostname = False  # it is reached over its loopback address, whatever name it was issued for
+    deadline, last = time.monotonic() + _WARM_UP_S, httpx.TransportError("never asked")
+    while time.monotonic() < deadline:
+        try:
+            reply = httpx.get(url, headers=headers, timeout=60.0, trust_env=False, verify=verify)
+        except httpx.TransportError as error:
+            last = error
+            time.sleep(0.2)
+            continue
+        if reply.status_code == 200 and wire.Reply.model_validate_json(reply.content).fence is not None:
+            manager.server_status = ServerStatus.Up
+            return True
+        return stock_warmup(server_args)
+    logger.error("fp8sync: %s did not answer within %.0f s: %s", url, _WARM_UP_S, last)
+    return False
