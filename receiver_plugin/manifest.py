@@ -1,7 +1,8 @@
 """From the trainer's offer to the receiver's manifest: the live model says which tensors it holds in FP8.
 
-Two traces decide. The first finds where each tensor lands and reads the element type there; the second runs with the
-tensors as they will travel, scales included, and its record is the plan. Every mismatch on any rank is collected.
+The loader is traced with the tensors as `should_quantize_param` expects them to travel, scales included. Where each of
+them lands, the element type is read from the live parameter. If all ranks agree with the rule, that trace is the plan;
+if not, it is made again with what the ranks found. Every mismatch on any rank is collected.
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from receiver_plugin.binding import BindingPlan, trace
+from receiver_plugin.binding import BindingPlan, Derived, trace
 from receiver_plugin.recorder import Source, destinations
 from shared.buckets import DTYPE_NAMES, DTYPES
 from shared.coverage import Box, uncovered
 from shared.errors import PlanError
-from shared.naming import scale_name
+from shared.naming import scale_name, should_quantize_param
 from shared.numerics import scale_shape
-from shared.protocol import ManifestTensor, TensorSpec
+from shared.protocol import FP8BlockConfig, ManifestTensor, TensorSpec
 
 _FP8 = torch.float8_e4m3fn
 # A copy_ between these changes no value, so the live parameter equals what a checkpoint load would have left there.
@@ -30,25 +31,26 @@ _EXACT_CASTS = {(torch.bfloat16, torch.float32), (torch.float16, torch.float32)}
 class RankFindings:
     """What one rank found; exchanged between the ranks of a server, so plain data only."""
 
-    quantized: tuple[str, ...]
+    quantized: tuple[str, ...]  # the tensors that landed in FP8 here
     problems: tuple[str, ...]
     used_boxes: dict[str, tuple[Box, ...]]
 
 
-def find_quantized(model: nn.Module, tensors: Sequence[TensorSpec]) -> frozenset[str]:
-    """The names of `tensors` whose destination on this rank is block FP8."""
-    probes = [Source(t.name, t.shape, _FP8 if _may_quantize(t) else DTYPES[t.dtype]) for t in tensors]
-    landed = trace(model, probes).destination_dtypes
-    return frozenset(name for name, dtypes in landed.items() if _FP8 in dtypes)
-
-
-def plan_rank(model: nn.Module, tensors: Sequence[ManifestTensor]) -> tuple[BindingPlan, RankFindings]:
-    """Trace `tensors` as they will travel and name all that does not fit on this rank."""
+def plan_rank(
+    model: nn.Module, tensors: Sequence[ManifestTensor], derived: Derived | None = None
+) -> tuple[BindingPlan, RankFindings]:
+    """Trace `tensors` as they would travel, name all that does not fit on this rank, and say what it holds in FP8."""
     sources = wire_sources(tensors)
-    plan = trace(model, sources)
+    plan = trace(model, sources, derived)
     problems = (*plan.problems, *cast_problems(sources, plan))
-    quantized = tuple(tensor.name for tensor in tensors if tensor.quantized)
+    landed = plan.destination_dtypes
+    quantized = tuple(tensor.name for tensor in tensors if _FP8 in landed.get(tensor.name, ()))
     return plan, RankFindings(quantized, problems, plan.used_boxes)
+
+
+def expected_in_fp8(tensors: Sequence[TensorSpec], config: FP8BlockConfig) -> frozenset[str]:
+    """The names of the tensors that a checkpoint of `config` holds in FP8."""
+    return frozenset(t.name for t in tensors if should_quantize_param(t.name, t.shape, config))
 
 
 def wire_sources(tensors: Sequence[ManifestTensor]) -> list[Source]:
@@ -118,7 +120,3 @@ def raise_problems(problems: Sequence[str], num_ranks: int) -> None:
     unique = tuple(dict.fromkeys(problems))
     if unique:
         raise PlanError(f"{len(unique)} tensor(s) do not fit the server's model ({num_ranks} rank(s))", unique)
-
-
-def _may_quantize(tensor: TensorSpec) -> bool:
-    return len(tensor.shape) == 2 and tensor.name.endswith(".weight")

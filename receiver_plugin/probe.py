@@ -1,4 +1,4 @@
-"""What a rank holds, byte for byte: SHA-256 of the raw storage of every parameter and buffer.
+"""What a rank holds, byte for byte: SHA-256 of the raw bytes of every parameter, buffer and plain tensor attribute.
 
 Used by proofs, on servers that were pushed to and on servers that loaded a checkpoint alike.
 """
@@ -6,6 +6,7 @@ Used by proofs, on servers that were pushed to and on servers that loaded a chec
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,9 +16,24 @@ from shared import protocol as wire
 
 
 def fingerprint(model: nn.Module) -> dict[str, str]:
-    """Name -> SHA-256, hex, over element type, shape and raw bytes, for each parameter and buffer of `model`."""
-    tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    """Name -> SHA-256, hex, over element type, shape and raw bytes, for each tensor that `model` holds.
+
+    Parameters, buffers, and tensors that modules hold as plain attributes, such as weights derived from parameters.
+    """
+    tensors = {
+        **dict(plain_tensors(model)),
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers()),
+    }
     return {name: _sha256(tensor.detach()) for name, tensor in sorted(tensors.items())}
+
+
+def plain_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors that modules hold as plain attributes, neither parameter nor buffer, by dotted name."""
+    for prefix, module in model.named_modules():
+        for name, value in vars(module).items():
+            if isinstance(value, torch.Tensor):
+                yield f"{prefix}.{name}" if prefix else name, value
 
 
 def _sha256(tensor: torch.Tensor) -> str:

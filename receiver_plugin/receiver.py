@@ -22,10 +22,10 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from receiver_plugin.binding import BindingPlan
+from receiver_plugin.binding import BindingPlan, Derived
 from receiver_plugin.manifest import (
     RankFindings,
-    find_quantized,
+    expected_in_fp8,
     manifest_of,
     plan_rank,
     raise_problems,
@@ -53,7 +53,9 @@ logger = logging.getLogger(__name__)
 
 
 class Engine(Protocol):
-    """What the receiver asks of the engine around it; SGLang's is in `sglang_adapter`."""
+    """What the receiver asks of the engine around it; SGLang's is in `sglang_engine`."""
+
+    derived: Derived
 
     def info(self, incarnation: str) -> wire.ServerInfo: ...
 
@@ -124,14 +126,20 @@ class Receiver:
 
     def _offer(self, message: wire.Offer) -> dict[str, Any]:
         collect(self._ranks, self._check_safe)
-        quantized = collect(self._ranks, lambda: find_quantized(self._model, message.tensors))
-        manifest = manifest_of(message.tensors, frozenset().union(*quantized))
+        expected = expected_in_fp8(message.tensors, message.config)
+        manifest = manifest_of(message.tensors, expected)
         plan, findings = self._trace_on_all(manifest)
+        if (held := frozenset().union(*(rank.quantized for rank in findings))) != expected:
+            manifest = manifest_of(message.tensors, held)
+            plan, findings = self._trace_on_all(manifest)
         problems = [problem for rank in findings for problem in rank.problems]
         problems += unused_problems(wire_sources(manifest), findings)
         if self._ranks.size == 1:
             problems = with_shapes(problems, message.tensors, self._model)
         raise_problems(problems, self._ranks.size)
+        if plan.rescued and self._ranks.index == 0:
+            text = "fp8sync: the model's loader drops the scales of %d weight(s); a push binds them block by block"
+            logger.warning(text, len(plan.rescued))
         self._manifest, self._plan = manifest, plan
         return {"manifest": manifest}
 
@@ -139,7 +147,7 @@ class Receiver:
         plans: list[BindingPlan] = []
 
         def trace_here() -> RankFindings:
-            plan, findings = plan_rank(self._model, manifest)
+            plan, findings = plan_rank(self._model, manifest, self._engine.derived)
             plans.append(plan)
             return findings
 
@@ -229,6 +237,7 @@ class Receiver:
         self._engine.synchronize()
         with torch.inference_mode():
             session.staging.commit()
+            self._engine.derived.refresh(session.staging.plan.calls)
         self._engine.synchronize()
 
     def _abort(self, message: wire.Abort) -> dict[str, Any]:

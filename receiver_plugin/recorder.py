@@ -2,21 +2,28 @@
 
 A dispatch mode sees every tensor operation of the loader. Copies from a source to a parameter and constants written to
 a parameter are recorded and not executed; whatever else touches a source or a parameter is noted by name, and writes
-to parameters are never executed.
+to parameters are never executed. What a model derives from its parameters at the end of a load is put off.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from receiver_plugin.windows import Assembled, Part, View
+
 _MAX_REFUSALS = 256
+_COPY, _CAT, _ITEM = torch.ops.aten.copy_, torch.ops.aten.cat, torch.ops.aten._local_scalar_dense
 _FILLS = (torch.ops.aten.fill_, torch.ops.aten.zero_)
+_MAKERS = (_CAT, torch.ops.aten.clone, torch.ops.aten._to_copy)
+_VIEWS: set[Any] = set()  # operators that only make views, found as they come
 
 
 @dataclass(frozen=True)
@@ -26,18 +33,6 @@ class Source:
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-
-
-@dataclass(frozen=True)
-class View:
-    """A strided window, in elements, from the first element of its tensor."""
-
-    offset: int
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-
-    def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.as_strided(self.size, self.stride, tensor.storage_offset() + self.offset)
 
 
 @dataclass(frozen=True)
@@ -57,36 +52,66 @@ class Fill:
     value: float
 
 
+@dataclass(frozen=True)
+class Call:
+    """A call of a method that derives tensors from parameters, which the loader made and the recorder put off."""
+
+    module: nn.Module
+    method: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def run(self) -> None:
+        getattr(self.module, self.method)(*self.args, **self.kwargs)
+
+
 def destinations(model: nn.Module) -> dict[str, torch.Tensor]:
     """Every parameter and buffer by its first name; a shared tensor appears once."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 class Recorder(TorchDispatchMode):
-    """What one run of `load_weights` over meta tensors did: `copies`, `fills`, and `problems` with everything else."""
+    """What one run of `load_weights` over meta tensors did: `copies`, `fills`, and `problems` with everything else.
 
-    def __init__(self, model: nn.Module, sources: Iterable[Source]) -> None:
+    A loader may put sources together (`cat`) or clone them before it copies; such tensors are followed back to the
+    sources that they are made of. `derived` names tensors that the model computes from its parameters while it loads,
+    and `deferred` methods that do so: neither is run here. `calls` are the calls of those methods, in order.
+    """
+
+    def __init__(
+        self, model: nn.Module, sources: Iterable[Source], derived: Iterable[str] = (), deferred: Iterable[str] = ()
+    ) -> None:
         super().__init__()
         self.copies: list[Copy] = []
         self.fills: list[Fill] = []
+        self.calls: list[Call] = []
         self._model = model
         self._sources = list(sources)
+        self._deferred = tuple(deferred)
         self._tensors = {s.name: torch.empty(s.shape, dtype=s.dtype, device="meta") for s in self._sources}
         self._source_of = {_storage(t): name for name, t in self._tensors.items()}
         self._parameters = destinations(model)
         self._parameter_of = {_storage(p): name for name, p in self._parameters.items()}
+        self._derived = {_storage(self._parameters[name]) for name in derived}
+        self._assembled: dict[int, Assembled] = {}
+        self._scalars: dict[float, tuple[str, View]] = {}
+        self._written_scalars: set[float] = set()
         self._noted: dict[str, str] = {}
         self._refused: list[str] = []
         self._num_fed = 0
 
     @property
     def problems(self) -> list[str]:
-        return [*self._refused, *(f"{name}: {what}" for name, what in self._noted.items())]
+        read = [f"{name}: the loader reads its value, which cannot be replayed" for name in self._read_only()]
+        return [*self._refused, *read, *(f"{name}: {what}" for name, what in self._noted.items())]
+
+    def _read_only(self) -> list[str]:
+        return [name for marker, (name, _) in self._scalars.items() if marker not in self._written_scalars]
 
     def run(self) -> None:
         """Run the loader. Where it raises, its last source is noted and it goes on with the next one."""
         feed = self._feed()
-        with self, torch.no_grad():
+        with self._deferring(), self, torch.no_grad():
             while len(self._refused) < _MAX_REFUSALS:
                 fed_before = self._num_fed
                 try:
@@ -103,37 +128,110 @@ class Recorder(TorchDispatchMode):
             self._num_fed += 1
             yield source.name, self._tensors[source.name]
 
+    @contextmanager
+    def _deferring(self) -> Iterator[None]:
+        """Note calls of the deferred methods in place of running them."""
+        with ExitStack() as undo:
+            for module in self._model.modules():
+                for name in self._deferred:
+                    if callable(getattr(module, name, None)) and name not in vars(module):
+                        vars(module)[name] = partial(self._defer, module, name)
+                        undo.callback(vars(module).pop, name)
+            yield
+
+    def _defer(self, module: nn.Module, method: str, *args: Any, **kwargs: Any) -> None:
+        self.calls.append(Call(module, method, args, kwargs))
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        if func in _VIEWS:  # most of what a loader does
+            return func(*args, **(kwargs or {}))
+        return self._watch(func, args, kwargs or {})
+
+    def _watch(self, func: Any, args: Any, kwargs: Any) -> Any:
         packet = func.overloadpacket
-        if packet is torch.ops.aten.copy_ and self._record_copy(args[0], args[1]):
+        if packet is _COPY and self._record_copy(args[0], args[1]):
             return args[0]
         if packet in _FILLS and self._record_fill(packet, args):
             return args[0]
+        if packet is _ITEM and (parts := self._parts(args[0])) is not None:
+            return self._scalar(parts[0])
+        if packet in _MAKERS and (made := self._assemble(func, args, kwargs)) is not None:
+            return made
         written = self._note_writes(func, args, kwargs)
         if written is not None:
             return written if func._schema.returns else None
-        if not _returns_view(func):
+        if _returns_view(func):
+            _VIEWS.add(func)
+        else:
             self._note_reads(func, args, kwargs)
         return func(*args, **kwargs)
 
     def _record_copy(self, target: torch.Tensor, source: torch.Tensor) -> bool:
-        name, parameter = self._source_of.get(_storage(source)), self._parameter_of.get(_storage(target))
-        if name is None or parameter is None:
+        parameter = self._parameter_of.get(_storage(target))
+        if parameter is None:
             return False
-        if target.numel():  # nothing for a rank that holds none of a padded vocabulary's last rows
-            source = source.expand(target.shape) if source.shape != target.shape else source
-            self.copies.append(Copy(name, _view(source), parameter, self._view_of(parameter, target)))
+        if target.numel() and source.shape != target.shape:
+            source = source.expand(target.shape)
+        window = self._view_of(parameter, target)
+        if (name := self._source_of.get(_storage(source))) is not None:
+            if target.numel():  # nothing for a rank that holds none of a padded vocabulary's last rows
+                self.copies.append(Copy(name, _view(source), parameter, window))
+            return True
+        parts = self._parts(source)
+        if parts is None:
+            return False
+        self.copies += [Copy(part.source, part.view, parameter, window.window(part.box)) for part in parts]
         return True
 
     def _record_fill(self, packet: Any, args: Any) -> bool:
         parameter = self._parameter_of.get(_storage(args[0]))
         if parameter is None or (len(args) > 1 and isinstance(args[1], torch.Tensor)):
             return False
-        if args[0].numel():
-            value = 0.0 if packet is torch.ops.aten.zero_ else float(args[1])
-            self.fills.append(Fill(parameter, self._view_of(parameter, args[0]), value))
+        if not args[0].numel():
+            return True
+        value = 0.0 if packet is torch.ops.aten.zero_ else float(args[1])
+        window = self._view_of(parameter, args[0])
+        if value not in self._scalars:
+            self.fills.append(Fill(parameter, window, value))
+        elif args[0].numel() == 1:
+            name, view = self._scalars[value]
+            self._written_scalars.add(value)
+            self.copies.append(Copy(name, View(view.offset, window.size, (1,) * len(window.size)), parameter, window))
+        else:
+            return False
         return True
+
+    def _scalar(self, part: Part) -> float:
+        """A number that stands for the one element of a source: it is looked for when a parameter is filled."""
+        marker = 2.0**200 * (1 + len(self._scalars) * 2.0**-40)
+        self._scalars[marker] = (part.source, part.view)
+        return marker
+
+    def _parts(self, tensor: torch.Tensor) -> list[Part] | None:
+        """The windows of sources that `tensor` is made of, or None if it holds anything else."""
+        storage = _storage(tensor)
+        if (name := self._source_of.get(storage)) is not None:
+            whole = tuple((0, length) for length in tensor.shape)
+            return [Part(name, _view(tensor), whole)]
+        made = self._assembled.get(storage)
+        return None if made is None else made.parts_of(tensor)
+
+    def _assemble(self, func: Any, args: Any, kwargs: Any) -> torch.Tensor | None:
+        """A tensor that `func` makes of nothing but sources, value for value; its own meta tensor stands for it."""
+        of = list(args[0]) if func.overloadpacket is _CAT else [args[0]]
+        found = [self._parts(tensor) for tensor in of]
+        if any(parts is None for parts in found) or kwargs.get("dtype", of[0].dtype) != of[0].dtype:
+            return None
+        dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) if func.overloadpacket is _CAT else 0
+        made = torch.cat(of, dim) if func.overloadpacket is _CAT else torch.empty_like(of[0])
+        if not made.is_contiguous():
+            return None
+        parts, start = [], 0
+        for tensor, pieces in zip(of, found, strict=True):
+            parts += [piece.shifted(dim, start) for piece in pieces or ()]
+            start += tensor.shape[dim] if tensor.dim() else 0
+        self._assembled[_storage(made)] = Assembled(made, tuple(parts))
+        return made
 
     def _note_writes(self, func: Any, args: Any, kwargs: Any) -> Any:
         """The target of a write to a parameter, which must not happen, or None."""
@@ -142,23 +240,28 @@ class Recorder(TorchDispatchMode):
             if argument.alias_info is None or not argument.alias_info.is_write:
                 continue
             value = args[index] if index < len(args) else kwargs.get(argument.name)
-            for name in self._names_in([value], self._parameter_of):
-                self._noted.setdefault(name, f"load_weights writes it by {func}, which cannot be replayed")
-                target = value
+            for tensor in _tensors_in([value]):
+                name = self._parameter_of.get(_storage(tensor))
+                if name is not None:
+                    target = value
+                    if _storage(tensor) not in self._derived:
+                        self._noted.setdefault(name, f"load_weights writes it by {func}, which cannot be replayed")
         return target
 
     def _note_reads(self, func: Any, args: Any, kwargs: Any) -> None:
-        values = [*args, *kwargs.values()]
-        for name in self._names_in(values, self._source_of):
-            self._noted.setdefault(name, f"the loader computes with it ({func}), which cannot be replayed")
-        for name in self._names_in(values, self._parameter_of):
-            self._noted.setdefault(
-                name, f"load_weights computes with it ({func}): what it derives would stay that of the old weights"
-            )
+        for tensor in _tensors_in([*args, *kwargs.values()]):
+            storage = _storage(tensor)
+            if (name := self._parameter_of.get(storage)) is not None:
+                text = f"load_weights computes with it ({func}): what it derives would stay that of the old weights"
+                self._noted.setdefault(name, text)
+            for source in self._names_of(storage):
+                self._noted.setdefault(source, f"the loader computes with it ({func}), which cannot be replayed")
 
-    def _names_in(self, values: Iterable[Any], names: dict[int, str]) -> list[str]:
-        tensors = [value for value in _flat(values) if isinstance(value, torch.Tensor)]
-        return [names[_storage(tensor)] for tensor in tensors if _storage(tensor) in names]
+    def _names_of(self, storage: int) -> list[str]:
+        """The sources in `storage`."""
+        if storage in self._assembled:
+            return [part.source for part in self._assembled[storage].parts]
+        return [self._source_of[storage]] if storage in self._source_of else []
 
     def _view_of(self, parameter: str, window: torch.Tensor) -> View:
         start = self._parameters[parameter].storage_offset()
@@ -179,9 +282,9 @@ def _returns_view(func: Any) -> bool:
     return bool(infos) and all(info is not None and not info.is_write for info in infos)
 
 
-def _flat(values: Iterable[Any]) -> Iterator[Any]:
+def _tensors_in(values: Iterable[Any]) -> Iterator[torch.Tensor]:
     for value in values:
         if isinstance(value, (list, tuple)):
-            yield from _flat(value)
-        else:
+            yield from _tensors_in(value)
+        elif isinstance(value, torch.Tensor):
             yield value

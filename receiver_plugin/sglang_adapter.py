@@ -110,7 +110,7 @@ def _attach_receiver(result: Any, scheduler: Any) -> None:
     if reasons := engine.unsafe():
         raise SystemExit("fp8sync: weights could not be bound in place: " + "; ".join(reasons))
     args = scheduler.server_args
-    fence = fence_reason(model, _local_folder(args), str(args.load_format))
+    fence = fence_reason(model, _local_folder(args), str(args.load_format), engine.derived)
     _receiver = Receiver(model, engine, ranks, fence)
     _answer_with(scheduler, _receiver.handle)
     if ranks.index == 0:

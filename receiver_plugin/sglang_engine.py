@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from sglang.version import __version__ as SGLANG_VERSION
 
+from receiver_plugin.binding import Derived
+from receiver_plugin.sglang_derived import SglangDerived
 from shared import protocol as wire
 
 
@@ -32,6 +34,7 @@ class SglangEngine:
 
     def __init__(self, scheduler: Any, model: torch.nn.Module) -> None:
         self._scheduler, self._model = scheduler, model
+        self.derived: Derived = SglangDerived(model)
         self._on_gpu = next(model.parameters()).is_cuda
         self._unsafe_layers = _unsafe_layers(model, _capability() if self._on_gpu else (0, 0))
 

@@ -51,6 +51,7 @@ class Staging:
                 f"no memory for {need / 1e9:.2f} GB of staging on {device}: "
                 f"start the server with a lower --mem-fraction-static ({error})"
             ) from error
+        self.plan = plan
         self._model, self._layout = model, layout
         self._targets: dict[str, _Target] = {}
         offset = 0

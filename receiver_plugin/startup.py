@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from receiver_plugin.binding import trace
+from receiver_plugin.binding import Derived, trace
 from receiver_plugin.manifest import cast_problems
 from receiver_plugin.recorder import Source
 
@@ -26,7 +26,7 @@ _DTYPES = {
 _CHECKPOINT_FORMATS = ("auto", "safetensors")
 
 
-def fence_reason(model: nn.Module, folder: str | None, load_format: str) -> str | None:
+def fence_reason(model: nn.Module, folder: str | None, load_format: str, derived: Derived | None = None) -> str | None:
     """Why `model` must not serve what it loaded from `folder`, or None if it may.
 
     `folder`: local folder of the checkpoint, None if it is not known. `load_format`: SGLang's `--load-format`.
@@ -44,7 +44,10 @@ def fence_reason(model: nn.Module, folder: str | None, load_format: str) -> str 
         return f"a checkpoint file cannot be read: {error}"
     if not any(source.dtype == torch.float8_e4m3fn for source in sources):
         return "the checkpoint holds no FP8 weights"
-    plan = trace(model, sources)
+    plan = trace(model, sources, derived)
+    if plan.rescued:
+        lost = f"{len(plan.rescued)} block scale(s), {plan.rescued[0]} first"
+        return f"SGLang's loader of {type(model).__name__} drops {lost}: what it serves is garbage until a push"
     problems = (*plan.problems, *cast_problems(sources, plan))
     return f"the checkpoint is not complete: {'; '.join(problems[:3])}" if problems else None
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from receiver_plugin.binding import Derived, NothingDerived
 from receiver_plugin.ranks import SingleRank
 from shared.numerics import scale_shape
 from shared.protocol import PROTOCOL_VERSION, ServerInfo
@@ -120,6 +121,7 @@ class FakeEngine:
 
     def __init__(self) -> None:
         self.idle, self.published = True, [0]
+        self.derived: Derived = NothingDerived()
         self.unsafe_reasons: list[str] = []
         self.block_size: tuple[int, int] | None = (128, 128)
         self.sglang_version = "0.5.23"
