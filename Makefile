@@ -17,12 +17,13 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .ONESHELL:
 .SHELLFLAGS := -euc
-.PHONY: help demo test lint env env-key clean
+.PHONY: help demo test compat lint env env-key clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make demo   train a tiny model, push it as FP8 into a real SGLang server, prove that both agree'
 	@echo 'make test   check style and types, then run all tests'
+	@echo 'make compat prove every supported SGLang release, each on servers of its own, and write docs/compat.md'
 	@echo 'make lint   style and types only'
 	@echo 'make env    make or update the environment (11 GB, about 3 minutes); the others do it too'
 	@echo 'make clean  remove caches and outputs; the environment stays'
@@ -33,6 +34,9 @@ demo: env
 test: lint
 	@echo '== tests'
 	"$$VENV/bin/python" -m pytest
+
+compat: env
+	@"$$VENV/bin/python" -m tests.compat.run
 
 lint: env
 	@echo '== style'

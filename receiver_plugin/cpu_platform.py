@@ -1,23 +1,28 @@
 """SGLang on a machine without an accelerator: a reference platform in plain torch, for tests, demos and laptops.
 
 SGLang asks installed distributions for platforms it does not know. Where an accelerator is found, or SGLang's own CPU
-engine is asked for, this one stands back. It serves block FP8 by dequantizing a weight and calling `F.linear`, and
-keeps tensors in the layout that a Hopper GPU has, so that the same binding is tested. It is slow on purpose.
+engine is asked for, this one stands back. It serves block FP8 by dequantizing weights whenever it computes with them
+(`cpu_ops`), and keeps tensors in the layout that a Hopper GPU has, so that the same binding is tested. It is slow on
+purpose.
 """
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
-from torch.nn import functional
 
-from shared.numerics import dequantize
+from receiver_plugin import cpu_ops
 
 logger = logging.getLogger(__name__)
+
+_QUANT, _MOE = "sglang.srt.layers.quantization", "sglang.srt.layers.moe"
 
 
 def activate() -> str | None:
@@ -66,34 +71,51 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(name)
 
 
-def block_fp8_linear(
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    block_size: list[int],
-    weight_scale: torch.Tensor,
-    input_scale: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-    **_: Any,
-) -> torch.Tensor:
-    """`input` [..., in] times `weight` [out, in] of block FP8, in the precision of `input`."""
-    return functional.linear(input, dequantize(weight, weight_scale, input.dtype), bias)
+# What stands on a GPU's kernels or on a CPU's own layout: where it is (the first that this SGLang has), its name, ours.
+_REPLACED: tuple[tuple[tuple[str, ...], str, Callable[..., Any]], ...] = (
+    ((f"{_QUANT}.fp8_utils",), "dispatch_w8a8_block_fp8_linear", lambda *args, **kwargs: cpu_ops.block_fp8_linear),
+    ((f"{_QUANT}.fp8_utils",), "block_quant_to_tensor_quant", cpu_ops.dequantize_for_mla),
+    ((f"{_MOE}.moe_runner.triton_utils.fused_moe",), "fused_experts", cpu_ops.fused_experts),
+    ((f"{_MOE}.fused_moe_native",), "moe_forward_native", cpu_ops.unquantized_experts),
+    (
+        ("sglang.kernels.ops.elementwise.elementwise", "sglang.kernels.ops.layernorm.elementwise"),
+        "fused_gate_sigmoid_mul_add",
+        cpu_ops.add_gated,
+    ),
+    # It pads heads and intermediate sizes, on CPUs only; a GPU has the layout without it.
+    (("sglang.srt.configs.update_config",), "adjust_config_with_unaligned_cpu_tp", lambda config, *args: config),
+)
 
 
 def _replace_operators() -> None:
     """Runs while SGLang's model runner is imported, before any model is built."""
-    from sglang.srt.configs import update_config
-    from sglang.srt.layers.quantization import fp8, fp8_utils
-
-    _rebind(fp8_utils, "dispatch_w8a8_block_fp8_linear", lambda *args, **kwargs: block_fp8_linear, also=[fp8])
-    # SGLang pads heads and intermediate sizes on CPUs only; a GPU has the layout without it.
-    import sglang.srt.model_executor.model_runner as runner  # half imported: it is what called us
-
-    _rebind(update_config, "adjust_config_with_unaligned_cpu_tp", lambda config, *args: config, also=[runner])
+    for modules, name, ours in _REPLACED:
+        _rebind(modules, name, ours)
+    _absorb_always()
+    # SGLang compiles some operators at their first call, for seconds, and anew for other sizes: maybe to other sums.
+    torch._dynamo.config.disable = True
 
 
-def _rebind(module: Any, name: str, new: Callable[..., Any], also: list[Any]) -> None:
-    """Replace `module.name`, and the copies that `also` imported by name; a missing one ends the start."""
-    for holder in (module, *also):
-        if not hasattr(holder, name):
-            raise SystemExit(f"fp8sync: {holder.__name__} has no {name}; this SGLang is not supported on a CPU")
-        setattr(holder, name, new)
+def _absorb_always() -> None:
+    """DeepSeek's MLA takes the way of decode for prompts too: plain attention reads nothing but the KV cache."""
+    from sglang.srt.models.deepseek_common import attention_backend_handler as handlers
+
+    handlers.AttentionBackendRegistry.register("torch_native", lambda attn, batch: handlers.AttnForwardMethod.MLA)
+
+
+def _rebind(modules: Sequence[str], name: str, ours: Callable[..., Any]) -> None:
+    """Replace `name` in the first of `modules` that exists, and the copies imported from it; none ends the start."""
+    home = next((module for path in modules if (module := _imported(path)) and hasattr(module, name)), None)
+    if home is None:
+        raise SystemExit(f"fp8sync: no {name} in {' or '.join(modules)}; this SGLang is not supported on a CPU")
+    theirs = getattr(home, name)
+    for module in [module for path, module in sys.modules.items() if path.startswith("sglang.")]:
+        if vars(module).get(name) is theirs:
+            setattr(module, name, ours)
+
+
+def _imported(path: str) -> ModuleType | None:
+    try:
+        return importlib.import_module(path)
+    except ModuleNotFoundError:
+        return None

@@ -20,6 +20,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
+from receiver_plugin.replicas import merge
 from shared import protocol as wire
 from shared.errors import ConfigError, Fp8SyncError
 
@@ -70,10 +71,15 @@ _STATUS = {
 
 
 class Channel(Protocol):
-    """The way from the HTTP process to the schedulers."""
+    """The way from the HTTP process to the schedulers of all replicas."""
 
-    async def ask(self, message: str) -> wire.Reply:
-        """One control message, as JSON, to every rank; the merged answer. Raises: PushError: no answer in time."""
+    num_replicas: int
+
+    async def ask(self, message: Any) -> tuple[wire.Reply, ...]:
+        """One control message to every rank; the answers of all replicas, in order.
+
+        Raises: PushError: a replica did not answer in time; names it.
+        """
 
     def drained(self) -> Any:
         """An async context manager: no request runs and none is admitted inside it."""
@@ -127,9 +133,13 @@ class Control:
 
     async def _ask(self, message: Any) -> wire.Reply:
         try:
-            reply = await self._channel.ask(message.model_dump_json())
+            reply = merge(message, await self._channel.ask(message))
         except Fp8SyncError as error:
             return self._no_answer(message, error)
+        except BaseException:
+            if isinstance(message, wire.Commit):  # cut off: nothing is served before the schedulers said what it did
+                self._known, self._fence = False, f"the commit of version {message.version} was cut off"
+            raise
         if reply.version != self._published:  # also where the answer to the commit itself was lost
             self._channel.publish(reply.version)
             self._published = reply.version
@@ -137,16 +147,21 @@ class Control:
         return reply
 
     async def _commit(self, message: wire.Commit) -> wire.Reply:
-        """Wait until no request runs, then commit: a reply never mixes two versions."""
+        """Wait until no request runs, then commit: a reply never mixes two versions.
+
+        Of several replicas none commits before all have said that they can; if they end differently all the same, what
+        `merge` makes of it fences the server.
+        """
+        prepare = wire.Prepare(session=message.session, version=message.version)
         deadline = time.monotonic() + message.drain_s
         try:
             async with asyncio.timeout(message.drain_s) as draining, self._channel.drained():
                 draining.reschedule(None)  # a commit that was sent is waited for: cut off, nobody knew what it did
-                reply = await self._ask(message)
-                while _still_running(reply) and time.monotonic() < deadline:
-                    await asyncio.sleep(_DRAIN_POLL_S)
-                    reply = await self._ask(message)
-                return reply
+                if self._channel.num_replicas > 1:
+                    reply = await self._ask_until_idle(prepare, deadline)
+                    if reply.error is not None:
+                        return reply
+                return await self._ask_until_idle(message, deadline)
         except TimeoutError:
             text = f"requests were still running after {message.drain_s:.0f} s (timeout_s); nothing was touched"
         except Fp8SyncError as error:
@@ -154,9 +169,17 @@ class Control:
         error_found = wire.WireError(kind="CommitError", message=text)
         return (await self._ask(wire.Describe())).model_copy(update={"error": error_found, "info": None})
 
+    async def _ask_until_idle(self, message: Any, deadline: float) -> wire.Reply:
+        reply = await self._ask(message)
+        while _still_running(reply) and time.monotonic() < deadline:
+            await asyncio.sleep(_DRAIN_POLL_S)
+            reply = await self._ask(message)
+        return reply
+
     def _no_answer(self, message: Any, error: Fp8SyncError) -> wire.Reply:
         if isinstance(message, wire.Commit):  # nobody knows what became of it: fail closed
-            self._fence = f"no rank confirmed the commit of version {message.version}: {error}"
+            who = "no rank" if self._channel.num_replicas == 1 else "not every replica"
+            self._fence = f"{who} confirmed the commit of version {message.version}: {error}"
         elif not self._known:
             self._fence = f"its schedulers have not said whether their weights may be served: {error}"
         return self._reply(error)

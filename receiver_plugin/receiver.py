@@ -23,16 +23,7 @@ import torch
 from torch import nn
 
 from receiver_plugin.binding import BindingPlan, Derived
-from receiver_plugin.manifest import (
-    RankFindings,
-    expected_in_fp8,
-    manifest_of,
-    plan_rank,
-    raise_problems,
-    unused_problems,
-    wire_sources,
-    with_shapes,
-)
+from receiver_plugin.manifest import plan_offer
 from receiver_plugin.probe import fingerprint
 from receiver_plugin.ranks import Ranks, collect, to_wire
 from receiver_plugin.session import Session
@@ -50,6 +41,8 @@ from shared.errors import (
 )
 
 logger = logging.getLogger(__name__)
+
+_HOLD_S = 60.0
 
 
 class Engine(Protocol):
@@ -89,6 +82,7 @@ class Receiver:
             wire.Open: self._open,
             wire.Begin: self._begin,
             wire.Verify: self._verify,
+            wire.Prepare: self._prepare,
             wire.Commit: self._commit,
             wire.Abort: self._abort,
             wire.Close: self._close,
@@ -126,33 +120,9 @@ class Receiver:
 
     def _offer(self, message: wire.Offer) -> dict[str, Any]:
         collect(self._ranks, self._check_safe)
-        expected = expected_in_fp8(message.tensors, message.config)
-        manifest = manifest_of(message.tensors, expected)
-        plan, findings = self._trace_on_all(manifest)
-        if (held := frozenset().union(*(rank.quantized for rank in findings))) != expected:
-            manifest = manifest_of(message.tensors, held)
-            plan, findings = self._trace_on_all(manifest)
-        problems = [problem for rank in findings for problem in rank.problems]
-        problems += unused_problems(wire_sources(manifest), findings)
-        if self._ranks.size == 1:
-            problems = with_shapes(problems, message.tensors, self._model)
-        raise_problems(problems, self._ranks.size)
-        if plan.rescued and self._ranks.index == 0:
-            text = "fp8sync: the model's loader drops the scales of %d weight(s); a push binds them block by block"
-            logger.warning(text, len(plan.rescued))
-        self._manifest, self._plan = manifest, plan
-        return {"manifest": manifest}
-
-    def _trace_on_all(self, manifest: tuple[wire.ManifestTensor, ...]) -> tuple[BindingPlan, list[RankFindings]]:
-        plans: list[BindingPlan] = []
-
-        def trace_here() -> RankFindings:
-            plan, findings = plan_rank(self._model, manifest, self._engine.derived)
-            plans.append(plan)
-            return findings
-
-        findings = collect(self._ranks, trace_here)
-        return plans[0], findings
+        derived = self._engine.derived
+        self._manifest, self._plan = plan_offer(self._model, message.tensors, message.config, self._ranks, derived)
+        return {"manifest": self._manifest}
 
     def _check_safe(self) -> None:
         if reasons := self._engine.unsafe():
@@ -206,10 +176,16 @@ class Receiver:
         collect(self._ranks, lambda: transfer.verify(message.digests))
         return {}
 
-    def _commit(self, message: wire.Commit) -> dict[str, Any]:
+    def _prepare(self, message: wire.Prepare | wire.Commit) -> dict[str, Any]:
         session = self._session_of(message.session)
         transfer = session.transfer_of(message.version)
         collect(self._ranks, lambda: self._ready_to_commit(session, transfer))
+        transfer.hold(_HOLD_S)  # between its word and the commit, no deadline passes on one replica alone
+        return {}
+
+    def _commit(self, message: wire.Commit) -> dict[str, Any]:
+        session = self._session_of(message.session)
+        self._prepare(message)
         self._fence = f"version {message.version} was copied in part only"  # until every rank says otherwise
         try:
             collect(self._ranks, lambda: self._copy(session))

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -23,11 +23,10 @@ _MAX_REFUSALS = 256
 _COPY, _CAT, _ITEM = torch.ops.aten.copy_, torch.ops.aten.cat, torch.ops.aten._local_scalar_dense
 _FILLS = (torch.ops.aten.fill_, torch.ops.aten.zero_)
 _MAKERS = (_CAT, torch.ops.aten.clone, torch.ops.aten._to_copy)
-_VIEWS: set[Any] = set()  # operators that only make views, found as they come
+_VIEWS: dict[int, Any] = {}  # operators that only make views, by id, found as they come; they live for ever
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(NamedTuple):
     """A checkpoint tensor as it will be handed to `load_weights`: whole shape, element type."""
 
     name: str
@@ -35,16 +34,14 @@ class Source:
     dtype: torch.dtype
 
 
-@dataclass(frozen=True)
-class Copy:
+class Copy(NamedTuple):
     source: str
     source_view: View
     parameter: str
     parameter_view: View
 
 
-@dataclass(frozen=True)
-class Fill:
+class Fill(NamedTuple):
     """A constant that the loader writes itself, such as the zeros of a padded vocabulary."""
 
     parameter: str
@@ -92,6 +89,7 @@ class Recorder(TorchDispatchMode):
         self._source_of = {_storage(t): name for name, t in self._tensors.items()}
         self._parameters = destinations(model)
         self._parameter_of = {_storage(p): name for name, p in self._parameters.items()}
+        self._starts = {name: p.storage_offset() for name, p in self._parameters.items()}
         self._derived = {_storage(self._parameters[name]) for name in derived}
         self._assembled: dict[int, Assembled] = {}
         self._scalars: dict[float, tuple[str, View]] = {}
@@ -107,6 +105,10 @@ class Recorder(TorchDispatchMode):
 
     def _read_only(self) -> list[str]:
         return [name for marker, (name, _) in self._scalars.items() if marker not in self._written_scalars]
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # torch would wrap every call below in a guard against its compiler, at a third of all time
 
     def run(self) -> None:
         """Run the loader. Where it raises, its last source is noted and it goes on with the next one."""
@@ -143,8 +145,8 @@ class Recorder(TorchDispatchMode):
         self.calls.append(Call(module, method, args, kwargs))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _VIEWS:  # most of what a loader does
-            return func(*args, **(kwargs or {}))
+        if id(func) in _VIEWS:  # most of what a loader does
+            return func(*args, **kwargs) if kwargs else func(*args)
         return self._watch(func, args, kwargs or {})
 
     def _watch(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -161,7 +163,7 @@ class Recorder(TorchDispatchMode):
         if written is not None:
             return written if func._schema.returns else None
         if _returns_view(func):
-            _VIEWS.add(func)
+            _VIEWS[id(func)] = func
         else:
             self._note_reads(func, args, kwargs)
         return func(*args, **kwargs)
@@ -264,8 +266,8 @@ class Recorder(TorchDispatchMode):
         return [self._source_of[storage]] if storage in self._source_of else []
 
     def _view_of(self, parameter: str, window: torch.Tensor) -> View:
-        start = self._parameters[parameter].storage_offset()
-        return View(int(window.storage_offset()) - int(start), tuple(window.shape), tuple(window.stride()))
+        start = self._starts[parameter]
+        return View(window.storage_offset() - start, tuple(window.shape), window.stride())  # type: ignore[arg-type]
 
 
 def _storage(tensor: torch.Tensor) -> int:
@@ -273,7 +275,7 @@ def _storage(tensor: torch.Tensor) -> int:
 
 
 def _view(tensor: torch.Tensor) -> View:
-    return View(int(tensor.storage_offset()), tuple(tensor.shape), tuple(tensor.stride()))
+    return View(tensor.storage_offset(), tuple(tensor.shape), tensor.stride())  # type: ignore[arg-type]
 
 
 def _returns_view(func: Any) -> bool:

@@ -41,6 +41,10 @@ class Transfer:
             return self.error
         return "its deadline passed" if time.monotonic() > self.deadline else None
 
+    def hold(self, seconds: float) -> None:
+        """Stay alive for at least `seconds` from now."""
+        self.deadline = max(self.deadline, time.monotonic() + seconds)
+
     def remaining_s(self) -> float:
         if self.cancelled.is_set():
             raise TransferError("the push was aborted")

@@ -3,30 +3,31 @@
     launcher process    routes and gate on the HTTP server (`sglang_http`), one more request type (`sglang_messages`)
     scheduler process   one Receiver per rank, answering that request type in the event loop (here, `sglang_engine`)
 
-These four modules are all that touches SGLang's insides; `entry` and `cpu_platform` use its public seams.
+These modules, named `sglang_*`, are all that touches SGLang's insides; `entry` and `cpu_platform` use its public seams.
 
-A hook whose target is not there ends the start and names it.
+A hook whose target is not there, or anything else that was renamed (`sglang_surface`), ends the start and is named.
 """
 
 from __future__ import annotations
 
 import logging
-import pkgutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from sglang.srt.managers import io_struct, tokenizer_control_mixin
+from sglang.srt.managers import io_struct
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.utils import TypeBasedDispatcher
 from sglang.version import __version__ as SGLANG_VERSION
 
 from receiver_plugin.probe import ProbeOnly
 from receiver_plugin.receiver import Receiver
-from receiver_plugin.sglang_engine import SglangEngine, TpRanks, block_size
+from receiver_plugin.replicas import for_replica
+from receiver_plugin.sglang_engine import SglangEngine, TpRanks, block_size, replica_of
 from receiver_plugin.sglang_http import run_with_control, run_with_probe, send_unless_fenced
 from receiver_plugin.sglang_messages import Fp8SyncReqInput, Fp8SyncReqOutput
+from receiver_plugin.sglang_surface import SCHEDULER, exists, missing_names, missing_of
 from receiver_plugin.startup import fence_reason
 from shared import protocol as wire
 from shared.errors import IncompatibleServerError
@@ -40,6 +41,7 @@ _UPDATER = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWei
 _UPDATES = ("update_weights_from_disk", "update_weights_from_distributed", "update_weights_from_tensor")
 
 _receiver: Receiver | None = None  # of this scheduler process
+_installed = False  # in this process
 _keep_on_host = False  # whether SGLang restores the weights when their memory is resumed
 
 
@@ -47,20 +49,23 @@ _keep_on_host = False  # whether SGLang restores the weights when their memory i
 
 
 def install(probe_only: bool = False) -> None:
-    """Hook this process. Raises: IncompatibleServerError: SGLang has changed under a hook."""
+    """Hook this process, once. Raises: IncompatibleServerError: SGLang has changed; names all that is missing."""
+    global _installed
+    if _installed:
+        return
     hooks = _PROBE_HOOKS if probe_only else _HOOKS
+    targets = [target for target, _, _ in hooks]
+    if missing := [*(name for name in targets if not exists(name)), *missing_names(SGLANG_VERSION)]:
+        raise IncompatibleServerError(f"SGLang {SGLANG_VERSION} has no {', '.join(missing)}")
+    if taken := sorted(set(targets) & set(HookRegistry._patched)):
+        raise IncompatibleServerError(f"another plugin has hooked {', '.join(taken)}; SGLang would leave ours out")
     for target, hook, kind in hooks:
-        try:
-            pkgutil.resolve_name(target)
-        except (ImportError, AttributeError) as error:
-            raise IncompatibleServerError(f"SGLang {SGLANG_VERSION} has no {target}") from error
         HookRegistry.register(target, hook, kind)
-    tokenizer_control_mixin._COMMUNICATOR_SPECS.append(("fp8sync", Fp8SyncReqOutput))
     io_struct.hook_custom_types(Fp8SyncReqInput, Fp8SyncReqOutput)
     HookRegistry.apply_hooks()
-    missing = {target for target, _, _ in hooks} - set(HookRegistry._patched)
-    if missing:
-        raise IncompatibleServerError(f"SGLang {SGLANG_VERSION} did not take the hooks on {sorted(missing)}")
+    if left_out := sorted(set(targets) - set(HookRegistry._patched)):
+        raise IncompatibleServerError(f"SGLang {SGLANG_VERSION} did not take the hooks on {', '.join(left_out)}")
+    _installed = True
 
 
 def check_server_args(args: Any) -> None:
@@ -72,10 +77,15 @@ def check_server_args(args: Any) -> None:
     wrong = [
         f"{flag} ({why})"
         for flag, is_set, why in (
-            ("--pp-size > 1", args.pp_size > 1, "pipeline stages answer no control request"),
-            ("--dp-size > 1", args.dp_size > 1, "replicas are not synced as one yet"),
+            ("--pp-size > 1", args.pp_size > 1, "pipeline stages answer no control request: use --tp-size"),
+            ("--enable-dp-attention", given("enable_dp_attention"), "not proved yet: leave it out, --dp-size alone is"),
+            (
+                "--attn-dp-size > 1",
+                getattr(args, "attn_dp_size", 1) > 1,
+                "DP attention is not proved: --dp-size is",
+            ),
             ("--tokenizer-worker-num > 1", args.tokenizer_worker_num > 1, "its workers load no plugins"),
-            ("--speculative-algorithm", given("speculative_algorithm"), "a draft model would keep old weights"),
+            ("--speculative-algorithm", given("speculative_algorithm"), _NO_DRAFT),
             ("--enable-lora", given("enable_lora"), "LoRA wraps the layers that are bound"),
             ("--enable-eplb", given("enable_eplb"), "experts would move after the plan was made"),
             ("--weight-cache-mode", given("weight_cache_mode"), "its parameters are shared with other engines"),
@@ -90,6 +100,7 @@ def check_server_args(args: Any) -> None:
         raise IncompatibleServerError("cannot be combined with " + ", ".join(wrong))
 
 
+_NO_DRAFT = "the draft model would keep old weights: start without it"
 _NO_HTTP = ("grpc_mode", "smg_grpc_mode", "grpc_port", "enable_http2")
 
 
@@ -98,11 +109,13 @@ _NO_HTTP = ("grpc_mode", "smg_grpc_mode", "grpc_port", "enable_http2")
 
 def _attach_receiver(result: Any, scheduler: Any) -> None:
     global _receiver, _keep_on_host
-    _keep_on_host = bool(scheduler.server_args.enable_weights_cpu_backup)
     try:
         check_server_args(scheduler.server_args)  # again: engines that parse no command line come here only
+        if missing := missing_of(scheduler, SCHEDULER):
+            raise IncompatibleServerError(f"the scheduler of SGLang {SGLANG_VERSION} has no {', '.join(missing)}")
     except IncompatibleServerError as error:
         raise SystemExit(f"fp8sync: {error}") from error
+    _keep_on_host = bool(scheduler.server_args.enable_weights_cpu_backup)
     model = scheduler.tp_worker.model_runner.model
     engine, ranks = SglangEngine(scheduler, model), TpRanks(scheduler)
     if block_size(model) is None:
@@ -122,9 +135,11 @@ def _attach_probe(result: Any, scheduler: Any) -> None:
 
 
 def _answer_with(scheduler: Any, handle: Callable[[Any], wire.Reply]) -> None:
+    replica, ranks = replica_of(scheduler), scheduler.tp_group.world_size
+
     def answer(request: Fp8SyncReqInput) -> Fp8SyncReqOutput:
-        reply = handle(wire.decode_message(request.message))
-        return Fp8SyncReqOutput(nonce=request.nonce, reply=reply.model_dump_json())
+        reply = handle(for_replica(wire.decode_message(request.message), replica, ranks))
+        return Fp8SyncReqOutput(nonce=request.nonce, replica=replica, reply=reply.model_dump_json())
 
     scheduler._request_dispatcher += TypeBasedDispatcher([(Fp8SyncReqInput, answer)])
 

@@ -13,8 +13,19 @@ from receiver_plugin.sglang_derived import SglangDerived
 from shared import protocol as wire
 
 
+def replica_of(scheduler: Any) -> int:
+    """Which replica of its server (`--dp-size`) this scheduler belongs to, from 0."""
+    if scheduler.server_args.dp_size == 1:
+        return 0  # a router may number its servers through SGLANG_DP_RANK
+    if hasattr(scheduler, "ps"):  # up to 0.5.22
+        return int(scheduler.ps.dp_rank)
+    from sglang.srt.runtime_context import get_parallel
+
+    return int(get_parallel().dp_rank)
+
+
 class TpRanks:
-    """The tensor-parallel ranks of a server. Used on the scheduler's thread only, inside control requests."""
+    """The tensor-parallel ranks of a replica. Used on the scheduler's thread only, inside control requests."""
 
     def __init__(self, scheduler: Any) -> None:
         self._group = scheduler.tp_group.cpu_group

@@ -15,9 +15,12 @@ from typing import Any
 import httpx
 from sglang.srt.entrypoints import http_server
 from sglang.srt.utils.auth import AuthLevel, auth_level
+from sglang.utils import TypeBasedDispatcher
+from sglang.version import __version__ as SGLANG_VERSION
 
 from receiver_plugin.http import Control, Gate
-from receiver_plugin.sglang_messages import Fp8SyncReqInput
+from receiver_plugin.sglang_messages import Fp8SyncReqInput, Fp8SyncReqOutput
+from receiver_plugin.sglang_surface import MANAGER, missing_of
 from shared import protocol as wire
 from shared.errors import PushError
 
@@ -29,22 +32,44 @@ _control: Control | None = None  # of this process
 
 
 class SchedulerChannel:
-    """From the HTTP process to the schedulers, by the request type that this module adds."""
+    """From the HTTP process to the schedulers, by the request type that fp8sync adds.
+
+    SGLang sends it to every replica, whose first rank answers. SGLang's own way to collect answers would count one that
+    comes late as an answer to the next message; here the nonce decides, and a replica that is silent is named.
+    """
 
     def __init__(self, tokenizer_manager: Any) -> None:
+        self.num_replicas = int(tokenizer_manager.server_args.dp_size)
         self._manager = tokenizer_manager
+        self._one_at_a_time = asyncio.Lock()
+        self._nonce = ""
+        self._answers: dict[int, str] = {}
+        self._complete = asyncio.Event()
+        tokenizer_manager._result_dispatcher += TypeBasedDispatcher([(Fp8SyncReqOutput, self._take)])
 
-    async def ask(self, message: str) -> wire.Reply:
+    async def ask(self, message: Any) -> tuple[wire.Reply, ...]:
         self._manager.auto_create_handle_loop()
-        nonce = secrets.token_hex(8)
-        request = Fp8SyncReqInput(nonce=nonce, message=message)
+        replicas, answers = range(self.num_replicas), dict[int, str]()
         try:
-            outputs = await asyncio.wait_for(self._manager.fp8sync_communicator(request), _ANSWER_TIMEOUT_S)
+            async with asyncio.timeout(_ANSWER_TIMEOUT_S), self._one_at_a_time:
+                request = Fp8SyncReqInput(nonce=secrets.token_hex(8), message=message.model_dump_json())
+                self._nonce, self._answers = request.nonce, answers
+                self._complete.clear()
+                self._manager._dispatch_to_scheduler(request)
+                await self._complete.wait()
         except TimeoutError:
-            raise PushError(f"the schedulers did not answer within {_ANSWER_TIMEOUT_S:.0f} s") from None
-        if len(outputs) != 1 or outputs[0].nonce != nonce:
-            raise PushError("the schedulers answered another message: a late answer to one that was given up")
-        return wire.Reply.model_validate_json(outputs[0].reply)
+            silent = [replica for replica in replicas if replica not in answers]
+            who = f"the schedulers of replica(s) {silent}" if len(replicas) > 1 else "the schedulers"
+            raise PushError(f"{who} did not answer within {_ANSWER_TIMEOUT_S:.0f} s") from None
+        return tuple(wire.Reply.model_validate_json(answers[replica]) for replica in replicas)
+
+    def _take(self, output: Fp8SyncReqOutput) -> None:
+        if output.nonce != self._nonce:
+            logger.warning("fp8sync: replica %d answered a message that was given up", output.replica)
+            return
+        self._answers[output.replica] = output.reply
+        if len(self._answers) == self.num_replicas:
+            self._complete.set()
 
     @asynccontextmanager
     async def drained(self) -> AsyncIterator[None]:
@@ -83,6 +108,8 @@ def run_with_control(original: Any, *args: Any, **kwargs: Any) -> Any:
     bound = inspect.signature(original).bind(*args, **kwargs)
     bound.apply_defaults()
     manager = bound.arguments["tokenizer_manager"]
+    if missing := missing_of(manager, MANAGER):
+        raise SystemExit(f"fp8sync: the tokenizer manager of SGLang {SGLANG_VERSION} has no {', '.join(missing)}")
     _control = Control(SchedulerChannel(manager))
     http_server.app.add_middleware(Gate, control=_control)
     _add_routes(_control)

@@ -16,5 +16,8 @@ class Fp8SyncReqInput(BaseReq, kw_only=True):  # type: ignore[call-arg]
 
 
 class Fp8SyncReqOutput(BaseReq, kw_only=True):  # type: ignore[call-arg]
+    """The answer of one replica, by its first rank."""
+
     nonce: str
+    replica: int
     reply: str

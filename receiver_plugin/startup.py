@@ -45,9 +45,6 @@ def fence_reason(model: nn.Module, folder: str | None, load_format: str, derived
     if not any(source.dtype == torch.float8_e4m3fn for source in sources):
         return "the checkpoint holds no FP8 weights"
     plan = trace(model, sources, derived)
-    if plan.rescued:
-        lost = f"{len(plan.rescued)} block scale(s), {plan.rescued[0]} first"
-        return f"SGLang's loader of {type(model).__name__} drops {lost}: what it serves is garbage until a push"
     problems = (*plan.problems, *cast_problems(sources, plan))
     return f"the checkpoint is not complete: {'; '.join(problems[:3])}" if problems else None
 

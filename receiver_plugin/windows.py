@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
+from typing import NamedTuple
 
 import torch
 
 from shared.coverage import Box, box_of
 
 
-@dataclass(frozen=True)
-class View:
+class View(NamedTuple):
     """A strided window, in elements, from the first element of its tensor."""
 
     offset: int
@@ -27,8 +27,7 @@ class View:
         return View(offset, tuple(stop - start for start, stop in box), self.stride)
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """A window of a source, and the box of a tensor that holds its values."""
 
     source: str

@@ -6,6 +6,7 @@ A box is a tuple of (start, stop) per dimension. Views that are no boxes (overla
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from math import prod
 
 import numpy as np
@@ -21,14 +22,24 @@ def box_of(shape: Sequence[int], offset: int, size: Sequence[int], stride: Seque
     """
     if 0 in size:  # touches nothing, wherever it lies: the padding of a vocabulary that needs none
         return ((0, 0),) * len(shape)
-    strides = [prod(shape[dim + 1 :]) for dim in range(len(shape))]
-    starts, left = [], offset
-    for dim, step in enumerate(strides):
-        start = left // step if step else 0
-        if shape[dim] and start >= shape[dim]:
+    strides, extent = _extent(tuple(shape), tuple(size), tuple(stride))
+    if extent is None:
+        return None
+    box, left = [], offset
+    for full, step, length in zip(shape, strides, extent, strict=True):
+        start, left = divmod(left, step) if step else (0, left)
+        if start + length > full:
             return None
-        starts.append(start)
-        left -= start * step
+        box.append((start, start + length))
+    return tuple(box)
+
+
+@lru_cache(maxsize=4096)
+def _extent(
+    shape: tuple[int, ...], size: tuple[int, ...], stride: tuple[int, ...]
+) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+    """The strides of a contiguous tensor of `shape`, and how far the view reaches in each of its dimensions."""
+    strides = tuple(prod(shape[dim + 1 :]) for dim in range(len(shape)))
     extent = [1] * len(shape)
     for length, step in zip(size, stride, strict=True):
         if length == 1:
@@ -39,13 +50,10 @@ def box_of(shape: Sequence[int], offset: int, size: Sequence[int], stride: Seque
             continue
         split = _split_merged(shape, strides, extent, length, step)
         if split is None:
-            return None
+            return strides, None
         for dim, part in split:
             extent[dim] = part
-    if prod(extent) != prod(size):
-        return None
-    box = tuple((start, start + length) for start, length in zip(starts, extent, strict=True))
-    return box if all(stop <= full for (_, stop), full in zip(box, shape, strict=True)) else None
+    return strides, tuple(extent) if prod(extent) == prod(size) else None
 
 
 def _split_merged(
@@ -68,28 +76,46 @@ def _split_merged(
 
 def uncovered(shape: Sequence[int], boxes: Iterable[Box]) -> Box | None:
     """A box of `shape` that none of `boxes` touches, or None where they cover it all."""
+    boxes = list(boxes)
+    if whole(tuple(shape)) in boxes:
+        return None
     counts, cuts = _grid(shape, boxes)
-    return _cell(cuts, np.argwhere(counts == 0))
+    return None if counts.all() else _cell(cuts, np.argwhere(counts == 0))
 
 
 def overlapped(shape: Sequence[int], boxes: Iterable[Box]) -> Box | None:
     """A box of `shape` that two of `boxes` touch, or None where they are disjoint."""
-    counts, cuts = _grid(shape, boxes)
-    return _cell(cuts, np.argwhere(counts > 1))
-
-
-def _grid(shape: Sequence[int], boxes: Iterable[Box]) -> tuple[np.ndarray, list[list[int]]]:
-    """How many boxes touch each cell of the grid that all their borders cut."""
     boxes = list(boxes)
+    if len(boxes) < 2:
+        return None
+    counts, cuts = _grid(shape, boxes)
+    return _cell(cuts, np.argwhere(counts > 1)) if counts.max(initial=0) > 1 else None
+
+
+def tiles(shape: Sequence[int], boxes: Iterable[Box]) -> bool:
+    """Whether `boxes` cover all of `shape`, each part once."""
+    boxes = list(boxes)
+    if len(boxes) == 1:
+        return boxes[0] == whole(tuple(shape))
+    counts, _ = _grid(shape, boxes)
+    return bool((counts == 1).all())
+
+
+@lru_cache(maxsize=4096)
+def whole(shape: tuple[int, ...]) -> Box:
+    """All of a tensor of `shape`."""
+    return tuple((0, full) for full in shape)
+
+
+def _grid(shape: Sequence[int], boxes: list[Box]) -> tuple[np.ndarray, list[list[int]]]:
+    """How many boxes touch each cell of the grid that all their borders cut."""
     cuts = [sorted({0, full, *(edge for box in boxes for edge in box[dim])}) for dim, full in enumerate(shape)]
-    index = [{edge: i for i, edge in enumerate(edges)} for edges in cuts]
+    index = [dict(zip(edges, range(len(edges)), strict=True)) for edges in cuts]
     counts = np.zeros([len(edges) - 1 for edges in cuts], dtype=np.int32)
     for box in boxes:
         counts[tuple(slice(index[dim][start], index[dim][stop]) for dim, (start, stop) in enumerate(box))] += 1
     return counts, cuts
 
 
-def _cell(cuts: list[list[int]], cells: np.ndarray) -> Box | None:
-    if not len(cells):
-        return None
+def _cell(cuts: list[list[int]], cells: np.ndarray) -> Box:
     return tuple((cuts[dim][int(i)], cuts[dim][int(i) + 1]) for dim, i in enumerate(cells[0]))

@@ -162,6 +162,14 @@ class Commit(_Wire):
     drain_s: Seconds
 
 
+class Prepare(_Wire):
+    """Would Commit succeed now? A server with several replicas asks all of them before it commits on any."""
+
+    kind: Literal["prepare"] = "prepare"
+    session: str
+    version: int
+
+
 class Abort(_Wire):
     kind: Literal["abort"] = "abort"
     session: str
@@ -181,7 +189,7 @@ class Probe(_Wire):
 
 
 ControlMessage = Annotated[
-    Describe | Offer | Open | Begin | Verify | Commit | Abort | Close | Probe, Field(discriminator="kind")
+    Describe | Offer | Open | Begin | Verify | Prepare | Commit | Abort | Close | Probe, Field(discriminator="kind")
 ]
 
 

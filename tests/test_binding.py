@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from receiver_plugin.binding import BindingPlan, trace
-from receiver_plugin.manifest import expected_in_fp8, manifest_of, plan_rank, unused_problems, wire_sources
+from receiver_plugin.manifest import expected_in_fp8, manifest_of, plan_rank, unused_problems
 from receiver_plugin.probe import fingerprint
 from receiver_plugin.recorder import Source
 from receiver_plugin.staging import Staging
@@ -99,19 +99,19 @@ def test_a_vocabulary_with_and_without_padding(padded: int) -> None:
 def test_the_ranks_together_use_every_source_whole() -> None:
     manifest = manifest_for(Trainer())
     findings = [plan_rank(Served(rank, 2), manifest)[1] for rank in range(2)]
-    assert unused_problems(wire_sources(manifest), findings) == []
-    missing = unused_problems(wire_sources(manifest), findings[:1])
+    assert unused_problems(manifest, findings) == []
+    missing = unused_problems(manifest, findings[:1])
     name = "model.layers.0.self_attn.q_proj.weight"
     assert f"{name} [512, 192]: the server has no place for its part [256:512, 0:192]" in missing
 
 
 def test_a_cut_inside_of_a_block_is_a_named_hole() -> None:
-    """k and v of 64 rows a rank: the loader finds no scale for half a block."""
+    """k and v of 64 rows a rank: there is no scale for half a block."""
     manifest = manifest_for(Trainer())
     _, findings = plan_rank(Served(0, 2), manifest)
     assert findings.problems == tuple(
-        f"model.layers.{layer}.self_attn.qkv_proj.weight_scale_inv [2, 2]: nothing arrives for its part [1:2, 0:2]"
-        for layer in range(2)
+        f"{layer}.qkv_proj.weight: the loader cuts {layer}.v_proj.weight through its 128x128 blocks"
+        for layer in ("model.layers.0.self_attn", "model.layers.1.self_attn")
     )
 
 

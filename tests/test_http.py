@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
@@ -37,7 +38,9 @@ COMMIT = protocol.Commit(session="s", version=4, drain_s=5.0)
 
 
 class FakeChannel:
-    """The schedulers: `answers` says what the next messages meet; afterwards `steady` answers."""
+    """The schedulers of one replica. `on_message` is what a message meets: an error to answer with, or one raised."""
+
+    num_replicas = 1
 
     def __init__(self, fence: str | None = None) -> None:
         self.fence, self.version = fence, 0
@@ -47,8 +50,8 @@ class FakeChannel:
         self.on_message: Callable[[Any], protocol.WireError | None] = lambda message: None
         self.drain_s = self.answer_s = 0.0
 
-    async def ask(self, message: str) -> protocol.Reply:
-        decoded = protocol.decode_message(message)
+    async def ask(self, message: Any) -> tuple[protocol.Reply, ...]:
+        decoded = protocol.decode_message(message.model_dump_json())
         self.kinds.append(decoded.kind)
         self.events.append(f"ask {decoded.kind}")
         await asyncio.sleep(self.answer_s)
@@ -56,7 +59,7 @@ class FakeChannel:
         if isinstance(decoded, protocol.Commit) and error is None:
             self.version, self.fence = decoded.version, None
         state: protocol.ServerState = "FENCED" if self.fence else "SERVING"
-        return protocol.Reply(state=state, version=self.version, fence=self.fence, error=error)
+        return (protocol.Reply(state=state, version=self.version, fence=self.fence, error=error),)
 
     @asynccontextmanager
     async def drained(self) -> AsyncIterator[None]:
@@ -299,6 +302,27 @@ def test_a_commit_that_nobody_confirms_fences() -> None:
     assert server.channel.published == []
     server.channel.on_message = lambda message: None
     assert server.send(COMMIT)[0] == 200 and server.serves()
+
+
+@pytest.mark.parametrize("error", [asyncio.CancelledError(), ValueError("no reply of ours")])
+def test_a_commit_that_is_cut_off_is_asked_after(error: BaseException) -> None:
+    """Here it had failed in the copy: those who wait behind the door and those who come are refused."""
+    server = Server()
+    assert server.serves()
+
+    def cut_off(message: Any) -> protocol.WireError | None:
+        if message.kind == "commit":
+            server.channel.fence = "copied in part only"
+            raise error
+        return None
+
+    server.channel.on_message = cut_off
+    with pytest.raises(type(error)):
+        asyncio.run(server.control._commit(COMMIT))
+    with pytest.raises(HTTPException, match="cut off"):
+        server.control.refuse_if_fenced()
+    response = server.client.post("/generate")
+    assert response.status_code == 503 and "copied in part only" in response.text
 
 
 def test_an_answer_that_is_lost_outside_of_a_commit_fences_nothing() -> None:

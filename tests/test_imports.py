@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("shared", "sender", "receiver_plugin")
 MAY_IMPORT_SGLANG = {
     "receiver_plugin/entry.py",
+    "receiver_plugin/cpu_older.py",
     "receiver_plugin/cpu_platform.py",
     "receiver_plugin/sglang_adapter.py",
     "receiver_plugin/sglang_engine.py",

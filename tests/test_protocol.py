@@ -81,6 +81,7 @@ FIELDS = {
     "Open": "kind sender session incarnation plan_hash bucket_bytes rendezvous",
     "Begin": "kind session version deadline_s",
     "Verify": "kind session version digests",
+    "Prepare": "kind session version",
     "Commit": "kind session version drain_s",
     "Abort": "kind session version reason",
     "Close": "kind session",

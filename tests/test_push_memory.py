@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from receiver_plugin.binding import trace
-from receiver_plugin.manifest import wire_sources
+from receiver_plugin.manifest import plan_rank
 from receiver_plugin.probe import fingerprint
 from receiver_plugin.ranks import SingleRank
 from receiver_plugin.receiver import Receiver
@@ -363,7 +362,7 @@ def test_a_plan_writes_nothing() -> None:
         protocol.ManifestTensor(name=n, shape=tuple(p.shape), dtype="bfloat16", quantized=False)
         for n, p in Trainer().named_parameters()
     ]
-    trace(served, wire_sources(tensors))
+    plan_rank(served, tensors)
     assert fingerprint(served) == before
 
 

@@ -273,7 +273,7 @@ def test_the_log_holds_no_traceback(pushed_server: LocalServer) -> None:
 
 STRICT = [
     (["--load-plugin", "nothing"], "unknown plugin"),
-    (["--load-plugin", "fp8sync", "--dp-size", "2"], "cannot be combined with --dp-size > 1"),
+    (["--load-plugin", "fp8sync", "--pp-size", "2"], "cannot be combined with --pp-size > 1 .*--tp-size"),
     (["--load-plugin", "fp8sync", "--tokenizer-worker-num", "2"], "tokenizer-worker-num"),
 ]
 

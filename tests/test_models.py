@@ -1,0 +1,95 @@
+"""Model families and layouts on real servers: after a push, all that a server holds and says is as after a load.
+
+One server a cell. It starts on the FP8 checkpoint of the weights B, the stock way, and is asked for all its bytes and
+for tokens; then A is pushed, then B: bytes, tokens and logprobs have to be the first ones again, on every rank.
+
+`make test` runs three cells, `make models` all of them; it makes docs/models.md of what they record.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from examples.local_server import CPU_ARGS, LocalServer
+from sender import FP8Sender, export_checkpoint
+from tests.zoo import CASES, Case
+
+PROMPTS = [[11, 12, 13], [100, 200, 300, 400, 500], list(range(3, 40)), [999, 3, 999]]
+LAYOUTS: dict[str, tuple[str, ...]] = {
+    "TP 1": (),
+    "TP 2": ("--tp-size", "2"),
+    "TP 4": ("--tp-size", "4"),
+    "TP 2, EP 2": ("--tp-size", "2", "--ep-size", "2"),
+    "DP 2": ("--dp-size", "2"),
+}
+IN_MAKE_TEST = {("qwen3_moe", "TP 2, EP 2"), ("deepseek_v3", "TP 2"), ("llama", "TP 1")}
+EVERYWHERE = ("TP 1", "TP 2")
+
+
+def processes(layout: str) -> int:
+    words = LAYOUTS[layout]
+    return 1 if not words else int(words[1])
+
+
+def environment(layout: str) -> dict[str, str]:
+    """One set of cores for each scheduler; a CUDA build of torch ships an NCCL that SGLang would try on a CPU."""
+    if processes(layout) == 1:
+        return {}
+    cores = "|".join(str(rank % 2) for rank in range(processes(layout)))
+    return {"SGLANG_CPU_OMP_THREADS_BIND": cores, "SGLANG_NCCL_SO_PATH": "none"}
+
+
+def cells() -> list[Any]:
+    found = []
+    for name, case in CASES.items():
+        for layout in LAYOUTS:
+            if layout in case.layouts:
+                marks = [pytest.mark.server]
+                if (name, layout) not in IN_MAKE_TEST:
+                    marks.append(pytest.mark.models)
+                found.append(pytest.param(case, layout, id=f"{name}-{layout}", marks=marks))
+    return found
+
+
+def served(server: LocalServer, case: Case) -> list[dict[str, Any]]:
+    """Greedy tokens and logprobs; nothing for a family that can be bound but not run on a CPU."""
+    replies = server.generate(PROMPTS) if case.generates else []
+    return [{"tokens": reply["tokens"], "logprobs": reply["logprobs"]} for reply in replies]
+
+
+@pytest.mark.parametrize(("case", "layout"), cells())
+def test_a_push_equals_a_load(
+    case: Case, layout: str, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    record_property("family", case.name)
+    record_property("layout", layout)
+    model = case.make_model(2)
+    export_checkpoint(model, tmp_path / "checkpoint", hf_config=case.hf_config())
+    args = ["--model-path", str(tmp_path / "checkpoint"), *CPU_ARGS, *case.server_args, *LAYOUTS[layout]]
+    env = {**environment(layout), **case.server_env}
+    with LocalServer([*args, "--load-plugin", "fp8sync"], tmp_path / "server.log", env=env) as server:
+        server.wait(300.0)
+        info = server.http.get("/fp8sync/info").json()
+        assert (info["state"], info["version"]) == ("SERVING", 0), info["fence"]
+        loaded, wanted = server.probe(), served(server, case)
+        with FP8Sender([server.url]) as sender:
+            sender.push(case.make_model(1))
+            between = server.probe()
+            assert served(server, case) != wanted or not case.generates
+            sender.push(model)
+        assert_all_changed(between, loaded)
+        assert server.probe() == loaded
+        assert served(server, case) == wanted
+        assert len(loaded) == processes(layout)
+    record_property("result", "identical" if case.generates else "identical (bytes; no forward on a CPU)")
+
+
+def assert_all_changed(before: list[dict[str, str]], after: list[dict[str, str]]) -> None:
+    """Every tensor that the random models do not share has other bytes in between."""
+    for mine, other in zip(before, after, strict=True):
+        same = [name for name in mine if mine[name] == other[name] and name.endswith((".weight", "_weight"))]
+        assert not same, f"equal for two sets of weights: {same}"
