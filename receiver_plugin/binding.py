@@ -18,6 +18,7 @@ and it is right where a loader drops them, as that of Llama does in SGLang 0.5.1
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -40,6 +41,9 @@ class Derived(Protocol):
     buffers: tuple[str, ...]  # their names; no checkpoint holds them
     deferred: tuple[str, ...]  # methods that compute such tensors
 
+    def tracing(self) -> AbstractContextManager[None]:
+        """Entered while a load is traced."""
+
     def refresh(self, calls: Iterable[Call]) -> None:
         """Compute all of it again from the parameters as they are now, in place; `calls` as the plan has them."""
 
@@ -47,6 +51,9 @@ class Derived(Protocol):
 class NothingDerived:
     buffers: tuple[str, ...] = ()
     deferred: tuple[str, ...] = ()
+
+    def tracing(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def refresh(self, calls: Iterable[Call]) -> None:
         """Nothing to do."""
@@ -73,7 +80,8 @@ def trace(
     """
     sources, derived = list(sources), derived or NothingDerived()
     recorder = Recorder(model, sources, derived.buffers, derived.deferred)
-    recorder.run()
+    with derived.tracing():
+        recorder.run()
     held, problems = destinations(model), recorder.problems
     shapes = {source.name: source.shape for source in sources}
     placed = _place(recorder, shapes, held, problems)

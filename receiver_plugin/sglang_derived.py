@@ -9,9 +9,12 @@ by the same code, into the same memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import cache
 
 import torch
+from sglang.srt.eplb.expert_location import get_global_expert_location_metadata
 from torch import nn
 
 from receiver_plugin.probe import plain_tensors
@@ -29,6 +32,19 @@ class SglangDerived:
         norms = [(name, m) for name, m in model.named_modules() if type(m).__name__ == "GemmaRMSNorm"]
         self._norms = [module for _, module in norms]
         self.buffers = tuple(f"{name}.gemma_weight" for name, _ in norms)
+
+    @contextmanager
+    def tracing(self) -> Iterator[None]:
+        """While a load is traced: loaders ask where an expert lies for each of its tensors, by reading a tensor."""
+        location = get_global_expert_location_metadata()
+        if location is None:  # a model without experts
+            yield
+            return
+        location.logical_to_all_physical = cache(location.logical_to_all_physical)
+        try:
+            yield
+        finally:
+            del location.logical_to_all_physical
 
     def refresh(self, calls: Iterable[Call]) -> None:
         """Derive all again from the parameters as they are now. `calls`: what the traced load put off.

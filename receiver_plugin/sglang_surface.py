@@ -18,6 +18,8 @@ from packaging.version import Version
 NAMES: dict[str, tuple[str, ...]] = {
     "sglang.srt.entrypoints.http_server.app": (),
     "sglang.srt.entrypoints.http_server._setup_and_run_http_server": ("tokenizer_manager", "execute_warmup_func"),
+    "sglang.srt.eplb.expert_location.ExpertLocationMetadata.logical_to_all_physical": (),
+    "sglang.srt.eplb.expert_location.get_global_expert_location_metadata": (),
     "sglang.srt.layers.layernorm.GemmaRMSNorm": (),
     "sglang.srt.layers.moe.get_moe_runner_backend": (),
     "sglang.srt.layers.quantization.fp8.Fp8LinearMethod": (),

@@ -16,6 +16,7 @@ MAY_IMPORT_SGLANG = {
     "receiver_plugin/cpu_older.py",
     "receiver_plugin/cpu_platform.py",
     "receiver_plugin/sglang_adapter.py",
+    "receiver_plugin/sglang_derived.py",
     "receiver_plugin/sglang_engine.py",
     "receiver_plugin/sglang_http.py",
     "receiver_plugin/sglang_messages.py",
