@@ -25,7 +25,8 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from receiver_plugin.recorder import Call, Copy, Fill, Recorder, Source, destinations
+from receiver_plugin.held import destinations
+from receiver_plugin.recorder import Call, Copy, Fill, Recorder, Source
 from receiver_plugin.scales import Placed, follow
 from receiver_plugin.windows import View
 from shared.coverage import Box, box_of, overlapped, tiles, uncovered
@@ -112,11 +113,17 @@ def trace(
 
 def required_names(model: nn.Module) -> set[str]:
     """The parameters and persistent buffers that a checkpoint of `model` has to fill."""
-    names = {name for name, _ in model.named_parameters() if name.rpartition(".")[2] not in _OPTIONAL_PARAMETERS}
-    for prefix, module in model.named_modules():
-        persistent = set(module._buffers) - module._non_persistent_buffers_set
-        names |= {f"{prefix}.{name}" if prefix else name for name in persistent if module._buffers[name] is not None}
-    return names & set(destinations(model))
+    persistent = {
+        id(module._buffers[name])
+        for module in model.modules()
+        for name in set(module._buffers) - module._non_persistent_buffers_set
+    }
+    return {
+        name
+        for name, tensor in destinations(model).items()
+        if id(tensor) in persistent
+        or (isinstance(tensor, nn.Parameter) and name.rpartition(".")[2] not in _OPTIONAL_PARAMETERS)
+    }
 
 
 def _coverage_problems(held: dict[str, torch.Tensor], required: set[str], written: dict[str, list[Box]]) -> list[str]:

@@ -16,8 +16,9 @@ import torch
 from torch import nn
 
 from receiver_plugin.binding import BindingPlan, Derived, trace
+from receiver_plugin.held import destinations
 from receiver_plugin.ranks import Ranks, collect
-from receiver_plugin.recorder import Source, destinations
+from receiver_plugin.recorder import Source
 from shared.buckets import DTYPE_NAMES, DTYPES
 from shared.coverage import Box, uncovered
 from shared.errors import PlanError

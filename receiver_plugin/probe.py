@@ -6,12 +6,12 @@ Used by proofs, on servers that were pushed to and on servers that loaded a chec
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
+from receiver_plugin.held import destinations, plain_tensors
 from shared import protocol as wire
 
 
@@ -20,20 +20,8 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
 
     Parameters, buffers, and tensors that modules hold as plain attributes, such as weights derived from parameters.
     """
-    tensors = {
-        **dict(plain_tensors(model)),
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers()),
-    }
+    tensors = {**dict(plain_tensors(model)), **destinations(model)}
     return {name: _sha256(tensor.detach()) for name, tensor in sorted(tensors.items())}
-
-
-def plain_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Tensors that modules hold as plain attributes, neither parameter nor buffer, by dotted name."""
-    for prefix, module in model.named_modules():
-        for name, value in vars(module).items():
-            if isinstance(value, torch.Tensor):
-                yield f"{prefix}.{name}" if prefix else name, value
 
 
 def _sha256(tensor: torch.Tensor) -> str:

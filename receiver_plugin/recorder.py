@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from receiver_plugin.held import destinations
 from receiver_plugin.windows import Assembled, Part, View
 
 _MAX_REFUSALS = 256
@@ -60,11 +61,6 @@ class Call:
 
     def run(self) -> None:
         getattr(self.module, self.method)(*self.args, **self.kwargs)
-
-
-def destinations(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Every parameter and buffer by its first name; a shared tensor appears once."""
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 class Recorder(TorchDispatchMode):

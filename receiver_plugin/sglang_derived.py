@@ -17,7 +17,7 @@ import torch
 from sglang.srt.eplb.expert_location import get_global_expert_location_metadata
 from torch import nn
 
-from receiver_plugin.probe import plain_tensors
+from receiver_plugin.held import plain_tensors
 from receiver_plugin.recorder import Call
 from shared.errors import CommitError
 

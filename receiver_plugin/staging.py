@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from receiver_plugin.binding import BindingPlan
-from receiver_plugin.recorder import Copy, destinations
+from receiver_plugin.held import destinations
+from receiver_plugin.recorder import Copy
 from shared.buckets import ALIGNMENT_BYTES, Layout, Slot
 from shared.errors import PlanError
 

@@ -3,6 +3,10 @@
 One server a cell. It starts on the FP8 checkpoint of the weights B, the stock way, and is asked for all its bytes and
 for tokens; then A is pushed, then B: bytes, tokens and logprobs have to be the first ones again, on every rank.
 
+SGLang's Llama loader (of Mistral, too) drops block scales, so that no server of it starts on an FP8 checkpoint: there a
+push has to serve what a stock server of the dequantized weights serves. The reference platform dequantizes before it
+computes, so these are the same tokens and logprobs, not merely close ones.
+
 `make test` runs three cells, `make models` all of them; it makes docs/models.md of what they record.
 """
 
@@ -13,9 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from examples.local_server import CPU_ARGS, LocalServer
 from sender import FP8Sender, export_checkpoint
+from shared.naming import scale_name
+from shared.numerics import dequantize
 from tests.zoo import CASES, Case
 
 PROMPTS = [[11, 12, 13], [100, 200, 300, 400, 500], list(range(3, 40)), [999, 3, 999]]
@@ -27,7 +35,7 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
     "DP 2": ("--dp-size", "2"),
 }
 IN_MAKE_TEST = {("qwen3_moe", "TP 2, EP 2"), ("deepseek_v3", "TP 2"), ("llama", "TP 1")}
-EVERYWHERE = ("TP 1", "TP 2")
+DROPS_SCALES = ("llama", "mistral")
 
 
 def processes(layout: str) -> int:
@@ -43,15 +51,15 @@ def environment(layout: str) -> dict[str, str]:
     return {"SGLANG_CPU_OMP_THREADS_BIND": cores, "SGLANG_NCCL_SO_PATH": "none"}
 
 
-def cells() -> list[Any]:
+def cells(drops_scales: bool) -> list[Any]:
     found = []
     for name, case in CASES.items():
         for layout in LAYOUTS:
-            if layout in case.layouts:
+            if layout in case.layouts and (name in DROPS_SCALES) == drops_scales:
                 marks = [pytest.mark.server]
                 if (name, layout) not in IN_MAKE_TEST:
                     marks.append(pytest.mark.models)
-                found.append(pytest.param(case, layout, id=f"{name}-{layout}", marks=marks))
+                found.append(pytest.param((case, layout), id=f"{name}-{layout}", marks=marks))
     return found
 
 
@@ -61,22 +69,27 @@ def served(server: LocalServer, case: Case) -> list[dict[str, Any]]:
     return [{"tokens": reply["tokens"], "logprobs": reply["logprobs"]} for reply in replies]
 
 
-@pytest.mark.parametrize(("case", "layout"), cells())
-def test_a_push_equals_a_load(
-    case: Case, layout: str, tmp_path: Path, record_property: Callable[[str, object], None]
-) -> None:
+@pytest.fixture
+def cell(request: pytest.FixtureRequest, record_property: Callable[[str, object], None]) -> tuple[Case, str]:
+    case, layout = request.param
     record_property("family", case.name)
     record_property("layout", layout)
+    return case, layout
+
+
+@pytest.mark.parametrize("cell", cells(drops_scales=False), indirect=True)
+def test_a_push_equals_a_load(
+    cell: tuple[Case, str], tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    case, layout = cell
     model = case.make_model(2)
-    export_checkpoint(model, tmp_path / "checkpoint", hf_config=case.hf_config())
-    args = ["--model-path", str(tmp_path / "checkpoint"), *CPU_ARGS, *case.server_args, *LAYOUTS[layout]]
-    env = {**environment(layout), **case.server_env}
-    with LocalServer([*args, "--load-plugin", "fp8sync"], tmp_path / "server.log", env=env) as server:
-        server.wait(300.0)
+    export_checkpoint(model, tmp_path / "checkpoint", config=case.fp8, hf_config=case.hf_config())
+    with started(case, layout, tmp_path / "checkpoint") as server:
         info = server.http.get("/fp8sync/info").json()
         assert (info["state"], info["version"]) == ("SERVING", 0), info["fence"]
-        loaded, wanted = server.probe(), served(server, case)
-        with FP8Sender([server.url]) as sender:
+        wanted = served(server, case)
+        loaded = server.probe()
+        with FP8Sender([server.url], config=case.fp8) as sender:
             sender.push(case.make_model(1))
             between = server.probe()
             assert served(server, case) != wanted or not case.generates
@@ -86,6 +99,52 @@ def test_a_push_equals_a_load(
         assert served(server, case) == wanted
         assert len(loaded) == processes(layout)
     record_property("result", "identical" if case.generates else "identical (bytes; no forward on a CPU)")
+
+
+@pytest.mark.parametrize("cell", cells(drops_scales=True), indirect=True)
+def test_a_push_serves_the_dequantized_weights(
+    cell: tuple[Case, str], tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    case, layout = cell
+    model = case.make_model(2)
+    export_checkpoint(model, tmp_path / "checkpoint", config=case.fp8, hf_config=case.hf_config())
+    with started(case, layout, tmp_path / "checkpoint") as server:
+        info = server.http.get("/fp8sync/info").json()
+        assert info["state"] == "FENCED" and "weight_scale_inv" in info["fence"]
+        with FP8Sender([server.url], config=case.fp8) as sender:
+            sender.push(case.make_model(1))
+            before = served(server, case)
+            sender.push(model)
+        pushed = served(server, case)
+    assert pushed != before
+    dequantize_checkpoint(tmp_path / "checkpoint", tmp_path / "dequantized", case)
+    with started(case, layout, tmp_path / "dequantized", plugin=False) as server:
+        assert served(server, case) == pushed
+    record_property("result", "as dequantized")
+
+
+def started(case: Case, layout: str, folder: Path, plugin: bool = True) -> LocalServer:
+    args = ["--model-path", str(folder), *CPU_ARGS, *case.server_args, *LAYOUTS[layout]]
+    args += ["--load-plugin", "fp8sync"] if plugin else []
+    env = {**environment(layout), **case.server_env}
+    server = LocalServer(args, folder.with_suffix(".log"), env=env)
+    try:
+        return server.wait(300.0)
+    except BaseException:
+        server.stop()
+        raise
+
+
+def dequantize_checkpoint(source: Path, target: Path, case: Case) -> None:
+    """`target` holds the weights of FP8 checkpoint `source` in BF16, for a stock server without quantization."""
+    held = {name: tensor for file in source.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    plain = {
+        name: dequantize(tensor, held[scale_name(name)], torch.bfloat16) if scale_name(name) in held else tensor
+        for name, tensor in held.items()
+        if not name.endswith("_scale_inv")
+    }
+    case.write_config(target)
+    save_file(plain, target / "model.safetensors")
 
 
 def assert_all_changed(before: list[dict[str, str]], after: list[dict[str, str]]) -> None:
