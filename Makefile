@@ -17,12 +17,13 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .ONESHELL:
 .SHELLFLAGS := -euc
-.PHONY: help demo test compat lint env env-key clean
+.PHONY: help demo test models compat lint env env-key clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make demo   train a tiny model, push it as FP8 into a real SGLang server, prove that both agree'
 	@echo 'make test   check style and types, then run all tests'
+	@echo 'make models prove every model family in every layout, on servers of its own, and write docs/models.md'
 	@echo 'make compat prove every supported SGLang release, each on servers of its own, and write docs/compat.md'
 	@echo 'make lint   style and types only'
 	@echo 'make env    make or update the environment (11 GB, about 3 minutes); the others do it too'
@@ -34,6 +35,15 @@ demo: env
 test: lint
 	@echo '== tests'
 	"$$VENV/bin/python" -m pytest
+
+models: env
+	@mkdir -p out
+	status=0
+	"$$VENV/bin/python" -m pytest tests/test_models.py tests/test_models_in_process.py -m '' -W ignore \
+	    --junitxml=out/models.xml -o junit_family=xunit1 || status=$$?
+	"$$VENV/bin/python" -m tests.models_table out/models.xml > out/models.md
+	mv out/models.md docs/models.md
+	exit "$$status"
 
 compat: env
 	@"$$VENV/bin/python" -m tests.compat.run

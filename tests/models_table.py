@@ -8,9 +8,32 @@ from pathlib import Path
 
 HEAD = """# Models and layouts
 
-Made by `make models` from real SGLang servers on a CPU; no cell is filled by hand. **identical**: a server that loaded
-an FP8 checkpoint the stock way, was pushed other weights and then those of the checkpoint again, holds the same bytes
-on every rank (parameters, buffers, derived tensors) and answers with the same tokens and logprobs.
+Made by `make models` on a CPU; no cell is filled by hand. The models are tiny ones with random weights
+(`tests/zoo.py`).
+
+## On real servers
+
+- **identical**: a server that loaded an FP8 checkpoint the stock way, was pushed other weights and then those of the
+  checkpoint again, holds the same bytes on every rank (parameters, buffers, derived tensors) and answers with the same
+  tokens and logprobs.
+- **identical bytes**: the same without tokens, where SGLang has no forward on a CPU (linear attention).
+- **as dequantized**: SGLang's Llama loader, which serves Mistral too, drops block scales, so that no server of it can
+  start on an FP8 checkpoint. After a push, tokens and logprobs are those of a stock BF16 server that loaded the
+  dequantized weights.
+"""
+IN_PROCESS = """
+## In one process, rank by rank
+
+The real SGLang model of every rank, loaded from the FP8 checkpoint, and another one bound by a push: the same bytes
+(of Llama and Mistral, whose scales no load can tell: those that their rules cut from the checkpoint's).
+"""
+REFUSED = """
+## Refused at start
+
+More, and by which rules: [refusals.md](refusals.md).
+
+| asked for | the server ends with |
+|---|---|
 """
 
 
@@ -21,6 +44,8 @@ def read(file: Path) -> list[dict[str, str]]:
         recorded = {p.get("name", ""): p.get("value", "") for p in case.iter("property")}
         failed = any(case.find(kind) is not None for kind in ("failure", "error"))
         skipped = case.find("skipped") is not None
+        if not recorded.get("family") and ": " in (name := case.get("name", "").rpartition("[")[2].removesuffix("]")):
+            recorded["family"], recorded["held"] = name.split(": ", 1)  # in process: named by their parameters
         found.append({**recorded, "outcome": "failed" if failed else "not run" if skipped else "passed"})
     return found
 
@@ -42,14 +67,16 @@ def _result(cell: dict[str, str]) -> str:
 
 def main(file: str) -> None:
     recorded = read(Path(file))
-    layouts = [cell for cell in recorded if "layout" in cell]
-    refused = [cell for cell in recorded if "refusal" in cell]
+    on_servers = [cell for cell in recorded if "layout" in cell]
     print(HEAD)
-    print("\n".join(table(layouts, "family", "layout")))
-    print("\n`-`: this tiny model's sizes do not allow the layout, or it says nothing that another cell does not.")
-    print("\n## Refused at start\n\n| asked for | the server ends with |\n|---|---|")
-    for cell in refused:
-        print(f"| `{cell['refusal']}` | {_result(cell)} |")
+    print("\n".join(table(on_servers, "family", "layout")))
+    print("\n`-`: not among the runs.")
+    print(IN_PROCESS)
+    print("\n".join(table([cell for cell in recorded if "held" in cell], "family", "held")))
+    print(REFUSED, end="")
+    for cell in recorded:
+        if "refusal" in cell:
+            print(f"| `{cell['refusal']}` | {_result(cell)} |")
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def cells() -> list[Any]:
         layouts = EXPERTS if any("expert" in key for key in case.config) else DENSE
         found.update({(name, key): layout for key, layout in layouts.items() if layout.tp_size <= case.max_tp})
     found.update(SPECIAL)
-    return [pytest.param(name, layout, id=f"{name}, {key}") for (name, key), layout in found.items()]
+    return [pytest.param(name, layout, id=f"{name}: {key}") for (name, key), layout in found.items()]
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +81,9 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
 
 
 @pytest.mark.parametrize(("name", "layout"), cells())
-def test_a_push_equals_a_start_with_the_checkpoint(name: str, layout: Layout, exported: Exported) -> None:
+def test_a_push_equals_a_start_with_the_checkpoint(
+    name: str, layout: Layout, exported: Exported, record_property: Callable[[str, object], None]
+) -> None:
     case, (folder, trainer), findings = CASES[name], exported(name), []
     other = case.make_model(seed=12)
     args = (*case.server_args, *layout.args)
@@ -102,6 +104,7 @@ def test_a_push_equals_a_start_with_the_checkpoint(name: str, layout: Layout, ex
             experts = {len(tensor) for name, tensor in held.items() if name.endswith("w13_weight")}
             assert layout.num_held is None or experts == {layout.num_held}
     check_together(trainer, findings, case.fp8)
+    record_property("result", "identical")
 
 
 def addresses(model: nn.Module) -> dict[str, int]:

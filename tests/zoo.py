@@ -136,7 +136,7 @@ WITH_EP = ("TP 1", "TP 2", "TP 2, EP 2")
 
 _ALL = (
     _case("qwen2", "Qwen2", {"hidden_size": 512}),
-    _case("qwen3", "Qwen3", {"head_dim": 128}, layouts=("TP 1", "TP 2", "TP 4", "DP 2")),
+    _case("qwen3", "Qwen3", {"head_dim": 128}, layouts=("TP 1", "TP 2", "TP 4", "DP 2", "TP 2, DP 2")),
     _case("qwen3_tied", "Qwen3", {"head_dim": 128, "tie_word_embeddings": True}),
     _case("qwen3_moe", "Qwen3Moe", {"head_dim": 128}, EXPERTS, layouts=(*WITH_EP, "TP 4", "DP 2")),
     _case(
