@@ -93,7 +93,7 @@ class FP8Sender:
 
         Raises:
             PushError: one of its kinds, on every rank; the servers keep the version that they had.
-            NotImplementedError: Megatron-style and FSDP1 modules.
+            NotImplementedError: Megatron-style modules.
         """
         return self._push(lambda: ModuleSource(model), version)
 

@@ -1,14 +1,14 @@
 """Where weights come from: something that lists checkpoint tensors and gathers them whole on rank 0.
 
-`ModuleSource` reads a module: FSDP2 (parameters are DTensors) or unsharded. `ShardSource` reads shards that the caller
-names itself. Neither writes to a parameter. What is pushed is what training computes with: fp32 masters are rounded to
-BF16 on their own rank before they are gathered.
+`ModuleSource` reads a module, sharded or not, under any wrappers (`sender.wrappers`). `ShardSource` reads shards that
+the caller names itself. Neither writes to a parameter. What is pushed is what training computes with: fp32 masters are
+rounded to BF16, on their own rank before they are gathered (FSDP1: after).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,17 +16,15 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from sender.ranks import TrainerRanks
+from sender.wrappers import WIRE_DTYPES as _WIRE_DTYPES
+from sender.wrappers import Held, checkpoint_tensors, refuse_foreign
 from shared.buckets import DTYPE_NAMES, DTYPES
 from shared.coverage import Box, overlapped, uncovered
 from shared.errors import ConfigError, PlanError
-from shared.naming import Piece, canonical_name, pieces
+from shared.naming import Piece, pieces
 from shared.protocol import TensorSpec
-
-_SUPPORTED = "FSDP2 (fully_shard) and unsharded modules with Hugging Face names"
-_WIRE_DTYPES = {torch.bfloat16: torch.bfloat16, torch.float16: torch.float16, torch.float32: torch.bfloat16}
 
 
 class WeightSource(Protocol):
@@ -42,32 +40,28 @@ class WeightSource(Protocol):
 
 
 class ModuleSource:
-    """The parameters of a module under their checkpoint names.
+    """The parameters of a module under their checkpoint names, whatever wraps them.
 
     Raises:
-        NotImplementedError: Megatron-style or FSDP1 modules.
-        ConfigError: a parameter on the meta device, or of another type than bf16, fp16 or fp32.
+        NotImplementedError: Megatron-style modules.
+        ConfigError: adapters that are not merged; a parameter on the meta device, or of another type than bf16, fp16 or
+            fp32; experts stored in a layout that checkpoints do not have.
     """
 
     def __init__(self, model: nn.Module) -> None:
         if not isinstance(model, nn.Module):
             raise ConfigError(f"a {type(model).__name__} is no module: for tensors by name there is push_shards")
-        _refuse_foreign(model)
+        refuse_foreign(model)
         _reshard(model)
-        self._pieces: dict[str, tuple[torch.Tensor, Piece]] = {}
+        self._pieces: dict[str, tuple[Held, Piece]] = {}
         specs = []
-        for raw_name, parameter in _checkpoint_tensors(model):
-            name = canonical_name(raw_name)
-            if parameter.dtype not in _WIRE_DTYPES or parameter.is_meta:
-                raise ConfigError(
-                    f"{name}: {parameter.dtype} on {parameter.device} cannot be pushed (bf16, fp16, fp32)"
-                )
-            dtype = DTYPE_NAMES[_WIRE_DTYPES[parameter.dtype]]
-            for piece in pieces(name, tuple(parameter.shape)):
-                self._pieces[piece.name] = (parameter, piece)
+        for name, held in checkpoint_tensors(model):
+            dtype = DTYPE_NAMES[_WIRE_DTYPES[held.dtype]]
+            for piece in pieces(name, held.shape):
+                self._pieces[piece.name] = (held, piece)
                 specs.append(TensorSpec.model_validate({"name": piece.name, "shape": piece.shape, "dtype": dtype}))
         self._tensors = tuple(specs)
-        self._gathered: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
+        self._gathered: tuple[Held | None, torch.Tensor | None] = (None, None)
 
     @property
     def tensors(self) -> tuple[TensorSpec, ...]:
@@ -76,26 +70,27 @@ class ModuleSource:
     def gather(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
         return {name: self._piece(*self._pieces[name]) for name in names}
 
-    def _piece(self, parameter: torch.Tensor, piece: Piece) -> torch.Tensor:
-        whole = self._whole(parameter)
+    def _piece(self, held: Held, piece: Piece) -> torch.Tensor:
+        whole = self._whole(held)
         if piece.expert is None:
             return whole
         return whole[piece.expert].narrow(0, piece.first_row, piece.shape[0])
 
-    def _whole(self, parameter: torch.Tensor) -> torch.Tensor:
+    def _whole(self, held: Held) -> torch.Tensor:
         """The gathered parameter; kept while its pieces are asked for one after the other."""
-        held, whole = self._gathered
-        if held is not parameter or whole is None:
+        last, whole = self._gathered
+        if last is not held or whole is None:
             self._gathered = (None, None)
             with torch.no_grad():
-                local = parameter.detach().to(_WIRE_DTYPES[parameter.dtype])
-                whole = local.full_tensor() if isinstance(local, DTensor) else local
-            self._gathered = (parameter, whole)
+                whole = held.whole(_WIRE_DTYPES[held.dtype])
+            self._gathered = (held, whole)
         return whole
 
     def release(self) -> None:
-        """Drop the last gathered parameter."""
+        """Drop what was gathered last."""
         self._gathered = (None, None)
+        for held, _ in self._pieces.values():
+            held.release()
 
 
 @dataclass(frozen=True)
@@ -212,28 +207,3 @@ def _reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-
-
-def _checkpoint_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters and persistent floating-point buffers: what a checkpoint holds of them."""
-    yield from model.named_parameters()
-    for prefix, module in model.named_modules():
-        for name, buffer in module.named_buffers(prefix=prefix, recurse=False):
-            persistent = name.rpartition(".")[2] not in module._non_persistent_buffers_set
-            if persistent and buffer.is_floating_point():
-                yield name, buffer
-
-
-def _refuse_foreign(model: nn.Module) -> None:
-    for module in model.modules():
-        if type(module).__module__.split(".")[0] == "megatron":
-            raise NotImplementedError(_not_supported("a Megatron module", type(module).__name__))
-        if type(module).__name__ == "FullyShardedDataParallel":
-            raise NotImplementedError(_not_supported("an FSDP1 module", type(module).__name__))
-    for name, parameter in model.named_parameters():
-        if hasattr(parameter, "tensor_model_parallel") or hasattr(parameter, "partition_dim"):
-            raise NotImplementedError(_not_supported("a Megatron-style tensor-parallel parameter", name))
-
-
-def _not_supported(kind: str, what: str) -> str:
-    return f"{kind} ({what}) cannot be pushed as a model: push takes {_SUPPORTED}. Use FP8Sender.push_shards for it."

@@ -76,10 +76,10 @@ def cells(drops_scales: bool) -> list[Any]:
 def served(server: LocalServer, case: Case) -> list[dict[str, Any]]:
     """Greedy tokens and logprobs; nothing for a family that can be bound but not run on a CPU.
 
-    From an empty KV cache: with four ranks, SGLang's own logprobs differ by 1e-5 with what the cache has seen.
+    From an empty KV cache, one prompt after the other, so that nothing depends on what is batched with what.
     """
     assert server.post("/flush_cache").status_code == 200
-    replies = server.generate(PROMPTS) if case.generates else []
+    replies = [reply for prompt in PROMPTS for reply in server.generate([prompt])] if case.generates else []
     return [{"tokens": reply["tokens"], "logprobs": reply["logprobs"]} for reply in replies]
 
 
@@ -101,8 +101,10 @@ def test_a_push_equals_a_load(
     with started(case, layout, tmp_path / "checkpoint") as server:
         info = server.http.get("/fp8sync/info").json()
         assert (info["state"], info["version"]) == ("SERVING", 0), info["fence"]
-        wanted = served(server, case)
-        loaded = server.probe()
+        served(
+            server, case
+        )  # at TP 4 a stock server answers its first prompt differently in the last bits, and only it
+        wanted, loaded = served(server, case), server.probe()
         with FP8Sender([server.url], config=case.fp8) as sender:
             sender.push(case.make_model(1))
             between = server.probe()
@@ -129,10 +131,12 @@ def test_a_push_serves_the_dequantized_weights(
             sender.push(case.make_model(1))
             before = served(server, case)
             sender.push(model)
+            served(server, case)  # see above
         pushed = served(server, case)
     assert pushed != before
     dequantize_checkpoint(tmp_path / "checkpoint", tmp_path / "dequantized", case)
     with started(case, layout, tmp_path / "dequantized", plugin=False) as server:
+        served(server, case)
         assert served(server, case) == pushed
     record_property("result", "as dequantized")
 
