@@ -16,7 +16,6 @@ Made by `make models` on a CPU; no cell is filled by hand. The models are tiny o
 - **identical**: a server that loaded an FP8 checkpoint the stock way, was pushed other weights and then those of the
   checkpoint again, holds the same bytes on every rank (parameters, buffers, derived tensors) and answers with the same
   tokens and logprobs.
-- **identical bytes**: the same without tokens, where SGLang has no forward on a CPU (linear attention).
 - **as dequantized**: SGLang's Llama loader, which serves Mistral too, drops block scales, so that no server of it can
   start on an FP8 checkpoint. After a push, tokens and logprobs are those of a stock BF16 server that loaded the
   dequantized weights.
@@ -70,7 +69,7 @@ def main(file: str) -> None:
     on_servers = [cell for cell in recorded if "layout" in cell]
     print(HEAD)
     print("\n".join(table(on_servers, "family", "layout")))
-    print("\n`-`: not among the runs.")
+    print("\n`-`: not among the runs. Linear attention has no forward on a CPU; a GPU run is in benchmarks/RESULTS.md.")
     print(IN_PROCESS)
     print("\n".join(table([cell for cell in recorded if "held" in cell], "family", "held")))
     print(REFUSED, end="")

@@ -66,7 +66,6 @@ class Case:
     kept: tuple[str, ...] = ()  # modules that block FP8 cannot hold: the trainer's names and SGLang's
     max_tp: int = 4  # larger ones would cut within a block
     layouts: tuple[str, ...] = ("TP 1", "TP 2")  # those that tests start servers for
-    generates: bool = True  # whether the CPU platform computes its forward; else it can be bound only
 
     @property
     def fp8(self) -> FP8BlockConfig:
@@ -186,7 +185,7 @@ _ALL = (
         json_only={"full_attention_interval": 2},
         server_args=NO_SNAPSHOTS,
         kept=("model.layers.0.linear_attn.in_proj_ba",),
-        generates=False,
+        layouts=(),  # no server: its forward stands on kernels of a GPU
     ),
     _case(
         "qwen3_5",
@@ -196,7 +195,7 @@ _ALL = (
         config_suffix="TextConfig",
         server_args=NO_SNAPSHOTS,
         kept=tuple(f"model.layers.0.linear_attn.in_proj_{part}" for part in ("b", "a", "ba")),
-        generates=False,
+        layouts=(),  # no server: its forward stands on kernels of a GPU
     ),
 )
 CASES: dict[str, Case] = {case.name: case for case in _ALL}
