@@ -9,7 +9,6 @@ purpose.
 from __future__ import annotations
 
 import importlib
-import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -19,8 +18,6 @@ from typing import Any
 import torch
 
 from receiver_plugin import cpu_ops
-
-logger = logging.getLogger(__name__)
 
 _QUANT, _MOE = "sglang.srt.layers.quantization", "sglang.srt.layers.moe"
 
@@ -32,8 +29,7 @@ def activate() -> str | None:
     try:
         from sglang.srt.platforms.interface import PlatformCapabilities  # noqa: F401
     except ImportError:
-        logger.warning("fp8sync: this SGLang has no seam for the CPU reference platform; 0.5.23 has")
-        return None
+        return "receiver_plugin.cpu_older.CpuReferenceOlder"
     return "receiver_plugin.cpu_platform.CpuReference"
 
 
