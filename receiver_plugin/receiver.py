@@ -50,7 +50,8 @@ class Engine(Protocol):
 
     derived: Derived
 
-    def info(self, incarnation: str) -> wire.ServerInfo: ...
+    def info(self, incarnation: str) -> wire.ServerInfo:
+        """`incarnation` comes back with whatever else a plan depends on, such as where the experts lie."""
 
     def unsafe(self) -> list[str]:
         """Why raw copies into the live parameters would be wrong just now; empty if they are right."""
@@ -76,6 +77,7 @@ class Receiver:
         self._manifest: tuple[wire.ManifestTensor, ...] | None = None
         self._plan: BindingPlan | None = None
         self._session: Session | None = None
+        self._planned_for = ""  # what the session's plan was made for, as `Engine.info` has it
         self._handlers: dict[type, Callable[[Any], dict[str, Any]]] = {
             wire.Describe: self._describe,
             wire.Offer: self._offer,
@@ -129,7 +131,7 @@ class Receiver:
             raise IncompatibleServerError("in-place binding would be wrong: " + "; ".join(reasons))
 
     def _open(self, message: wire.Open) -> dict[str, Any]:
-        self._check_incarnation(message.incarnation)
+        collect(self._ranks, lambda: self._check_incarnation(message.incarnation))
         if self._session is not None and self._session.transfer is not None:
             raise ServerBusyError(f"sender {self._session.sender} is in the middle of a push")
         manifest, plan = self._manifest, self._plan
@@ -139,6 +141,7 @@ class Receiver:
         if layout.plan_hash != message.plan_hash:
             raise SessionLostError("another sender's plan took the place of yours: offer again")
         self._end_session()
+        self._planned_for = message.incarnation
 
         def start() -> None:
             staging = Staging(self._model, plan, layout)
@@ -162,6 +165,7 @@ class Receiver:
 
         def check() -> None:
             self._check_safe()
+            self._check_incarnation(self._planned_for)
             if moved := session.staging.check_addresses():
                 raise SessionLostError(f"{moved} moved in memory since the plan was made: push again")
 
@@ -200,6 +204,7 @@ class Receiver:
 
     def _ready_to_commit(self, session: Session, transfer: Any) -> None:
         self._check_safe()
+        self._check_incarnation(self._planned_for)
         if not transfer.verified:
             raise CommitError(f"version {transfer.version} is not staged; nothing was touched")
         if moved := session.staging.check_addresses():
@@ -251,8 +256,9 @@ class Receiver:
         return self._session
 
     def _check_incarnation(self, incarnation: str) -> None:
-        if incarnation != self._incarnation:
-            raise SessionLostError("the server restarted since this sender planned: push again")
+        if incarnation != self._engine.info(self._incarnation).incarnation:
+            what = "its experts were moved" if incarnation.startswith(self._incarnation) else "the server restarted"
+            raise SessionLostError(f"{what} since this sender planned; nothing was touched: push again")
 
     def _drop_dead_transfer(self) -> None:
         """A sender that died holds nothing: its stage is void, on all ranks alike, once its connection broke or its

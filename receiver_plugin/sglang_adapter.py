@@ -27,6 +27,7 @@ from receiver_plugin.replicas import for_replica
 from receiver_plugin.sglang_engine import SglangEngine, TpRanks, block_size, replica_of
 from receiver_plugin.sglang_http import run_with_control, run_with_probe, send_unless_fenced
 from receiver_plugin.sglang_messages import Fp8SyncReqInput, Fp8SyncReqOutput
+from receiver_plugin.sglang_refusals import check_server_args as check_server_args
 from receiver_plugin.sglang_surface import SCHEDULER, exists, missing_names, missing_of
 from receiver_plugin.startup import fence_reason
 from shared import protocol as wire
@@ -66,42 +67,6 @@ def install(probe_only: bool = False) -> None:
     if left_out := sorted(set(targets) - set(HookRegistry._patched)):
         raise IncompatibleServerError(f"SGLang {SGLANG_VERSION} did not take the hooks on {', '.join(left_out)}")
     _installed = True
-
-
-def check_server_args(args: Any) -> None:
-    """Raises: IncompatibleServerError: names every option with which a push would be wrong today."""
-
-    def given(name: str) -> bool:
-        return getattr(args, name, None) not in (None, False, "off", 0)
-
-    wrong = [
-        f"{flag} ({why})"
-        for flag, is_set, why in (
-            ("--pp-size > 1", args.pp_size > 1, "pipeline stages answer no control request: use --tp-size"),
-            ("--enable-dp-attention", given("enable_dp_attention"), "not proved yet: leave it out, --dp-size alone is"),
-            (
-                "--attn-dp-size > 1",
-                getattr(args, "attn_dp_size", 1) > 1,
-                "DP attention is not proved: --dp-size is",
-            ),
-            ("--tokenizer-worker-num > 1", args.tokenizer_worker_num > 1, "its workers load no plugins"),
-            ("--speculative-algorithm", given("speculative_algorithm"), _NO_DRAFT),
-            ("--enable-lora", given("enable_lora"), "LoRA wraps the layers that are bound"),
-            ("--enable-eplb", given("enable_eplb"), "experts would move after the plan was made"),
-            ("--weight-cache-mode", given("weight_cache_mode"), "its parameters are shared with other engines"),
-            ("--hicache-storage-backend", given("hicache_storage_backend"), "it keeps KV cache of old weights"),
-            ("--enable-lmcache", given("enable_lmcache"), "it keeps KV cache of old weights"),
-            ("--encoder-only", given("encoder_only"), "it has no scheduler"),
-            *((f"--{name}".replace("_", "-"), given(name), "only the HTTP server has the fence") for name in _NO_HTTP),
-        )
-        if is_set
-    ]
-    if wrong:
-        raise IncompatibleServerError("cannot be combined with " + ", ".join(wrong))
-
-
-_NO_DRAFT = "the draft model would keep old weights: start without it"
-_NO_HTTP = ("grpc_mode", "smg_grpc_mode", "grpc_port", "enable_http2")
 
 
 # The scheduler process

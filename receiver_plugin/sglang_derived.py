@@ -4,20 +4,24 @@
     GemmaRMSNorm                 the buffer gemma_weight is weight + 1
 
 Neither is in a checkpoint. A loader derives them at the end of a load; a push derives them right after its commit copy,
-by the same code, into the same memory.
+by the same code, into the same memory. Whatever else a module keeps besides its parameters may be derived as well, by
+code that is not known here: `unknown_tensors` finds it, and servers that have any are refused.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import is_dataclass
 from functools import cache
+from itertools import chain
+from typing import Any
 
 import torch
 from sglang.srt.eplb.expert_location import get_global_expert_location_metadata
 from torch import nn
 
-from receiver_plugin.held import plain_tensors
+from receiver_plugin.held import modules, plain_tensors
 from receiver_plugin.recorder import Call
 from shared.errors import CommitError
 
@@ -32,6 +36,7 @@ class SglangDerived:
         norms = [(name, m) for name, m in model.named_modules() if type(m).__name__ == "GemmaRMSNorm"]
         self._norms = [module for _, module in norms]
         self.buffers = tuple(f"{name}.gemma_weight" for name, _ in norms)
+        self._halves = [name for name, _ in plain_tensors(model) if name.rpartition(".")[2] in _MLA]
 
     @contextmanager
     def tracing(self) -> Iterator[None]:
@@ -50,8 +55,14 @@ class SglangDerived:
         """Derive all again from the parameters as they are now. `calls`: what the traced load put off.
 
         Raises:
-            CommitError: a derived tensor moved, so that a captured CUDA graph would read its old memory.
+            CommitError: a derived tensor moved, so that a captured CUDA graph would read its old memory; or the load
+                left out the method that derives it.
         """
+        calls = tuple(calls)
+        if self._halves and not calls:
+            raise CommitError(
+                f"{self._halves[0]} stays that of the old weights: load_weights calls no {self.deferred[0]}"
+            )
         before = _addresses(self._model)
         for norm in self._norms:
             torch.add(norm.weight.data, 1.0, out=norm.gemma_weight)
@@ -60,6 +71,68 @@ class SglangDerived:
         after = _addresses(self._model)
         if moved := sorted(name for name, address in before.items() if after.get(name) != address):
             raise CommitError(f"derived again, {moved[0]} moved in memory ({len(moved)} in all)")
+
+
+def unknown_tensors(model: nn.Module) -> Iterator[str]:
+    """Names of tensors that may be computed from the weights of `model`, in a way that `SglangDerived` does not know.
+
+    All floating-point tensors of more than one element that modules hold as attributes (in lists, dicts and SGLang's
+    dataclasses too), as buffers that no checkpoint has, or as attributes of parameters; but for those that lie in the
+    memory of a parameter, those that are derived again, and constants that SGLang makes from the configuration.
+    """
+    layers = modules(model)
+    stored = {_storage(tensor) for layer in layers.values() for tensor in _of_checkpoints(layer)}
+    for prefix, layer in layers.items():
+        if type(layer).__module__.startswith(_ROPE):
+            continue
+        held = {name: value for name, value in vars(layer).items() if name not in _TORCH_OWN}
+        parameters = {name: vars(p) for name, p in layer._parameters.items() if p is not None}
+        for name, tensor in _tensors_in(prefix, {**held, **layer._buffers, **parameters}):
+            leaf = name.rpartition(".")[2]
+            if leaf in _CONSTANTS or (leaf in _MLA and hasattr(layer, "kv_b_proj")):
+                continue
+            if leaf == "gemma_weight" and type(layer).__name__ == "GemmaRMSNorm":
+                continue
+            if tensor.is_floating_point() and tensor.numel() > 1 and _storage(tensor) not in stored:
+                yield name
+
+
+_MLA = ("w_kc", "w_vc", "w_scale", "w_scale_k", "w_scale_v")
+_ROPE = "sglang.srt.layers.rotary_embedding"  # holds nothing but tables of angles
+_CONSTANTS = ("inv_freq", "original_inv_freq", "freqs_cis", "freqs_cache", "cos_cache", "sin_cache", "mup_vector")
+# Attributes of every module, of torch: its tensors have their turn, and hooks hold none.
+_TORCH_OWN = frozenset(vars(nn.Module()))
+
+
+_PLAIN = (str, bytes, int, float, type(None), nn.Module)  # most of what there is: no tensors, or those of another turn
+_DEPTH = 3  # of containers in containers; two are the most that SGLang has
+
+
+def _tensors_in(name: str, value: Any, depth: int = 0) -> Iterator[tuple[str, torch.Tensor]]:
+    if isinstance(value, torch.Tensor):
+        yield name, value
+        return
+    items: dict[Any, Any] = {}
+    if isinstance(value, dict):
+        items = value
+    elif isinstance(value, (list, tuple)):
+        items = dict(enumerate(value))
+    elif is_dataclass(value) and type(value).__module__.startswith("sglang."):  # not the model's whole configuration
+        items = vars(value)
+    if depth <= _DEPTH:
+        for key, item in items.items():
+            if not isinstance(item, _PLAIN):
+                yield from _tensors_in(f"{name}.{key}" if name else str(key), item, depth + 1)
+
+
+def _of_checkpoints(layer: nn.Module) -> Iterator[torch.Tensor]:
+    """What a push writes: parameters and persistent buffers."""
+    buffers = ((name, b) for name, b in layer._buffers.items() if name not in layer._non_persistent_buffers_set)
+    yield from (tensor for _, tensor in chain(layer._parameters.items(), buffers) if tensor is not None)
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
 
 
 def _addresses(model: nn.Module) -> dict[str, int]:

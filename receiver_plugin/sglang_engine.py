@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 from typing import Any, Literal
 
 import torch
@@ -9,7 +11,8 @@ import torch.distributed as dist
 from sglang.version import __version__ as SGLANG_VERSION
 
 from receiver_plugin.binding import Derived
-from receiver_plugin.sglang_derived import SglangDerived
+from receiver_plugin.sglang_derived import SglangDerived, unknown_tensors
+from receiver_plugin.sglang_refusals import Backends, refused_copies, refused_layers
 from shared import protocol as wire
 
 
@@ -47,15 +50,17 @@ class SglangEngine:
         self._scheduler, self._model = scheduler, model
         self.derived: Derived = SglangDerived(model)
         self._on_gpu = next(model.parameters()).is_cuda
-        self._unsafe_layers = _unsafe_layers(model, _capability() if self._on_gpu else (0, 0))
+        self._capability = _capability() if self._on_gpu else (0, 0)
+        self.placement()  # a release that keeps it elsewhere does not start
 
     def info(self, incarnation: str) -> wire.ServerInfo:
         from sglang.srt.layers.quantization.fp8_utils import get_fp8_gemm_runner_backend
 
+        placement = self.placement()
         return wire.ServerInfo(
             protocol=wire.PROTOCOL_VERSION,
             sglang_version=SGLANG_VERSION,
-            incarnation=incarnation,
+            incarnation=f"{incarnation}@{placement}" if placement else incarnation,
             num_ranks=self._scheduler.tp_group.world_size,
             block_size=block_size(self._model),
             scale_fmt=_scale_fmt(self._scheduler.tp_worker.model_runner.model_config.hf_config),
@@ -65,12 +70,27 @@ class SglangEngine:
             moe_backend=str(self._scheduler.server_args.moe_runner_backend),
         )
 
+    def placement(self) -> str:
+        """Where the experts lie, hex, the same on all ranks; "" without experts. It changes when one is moved."""
+        from sglang.srt.eplb.expert_location import get_global_expert_location_metadata
+
+        location = get_global_expert_location_metadata()
+        if location is None:
+            return ""
+        found = hashlib.sha256()
+        # The copies on the host: no wait for the device.
+        for placed in (location.physical_to_logical_map_cpu, location.logical_to_all_physical_map_cpu):
+            found.update(f"{placed.dtype} {tuple(placed.shape)} ".encode())
+            found.update(placed.contiguous().numpy().tobytes())
+        return found.hexdigest()[:16]
+
     def unsafe(self) -> list[str]:
+        """Looked up each time: caches may be made by the first request, layers wrapped by another route."""
         released = "weights" in getattr(self._scheduler.weight_updater, "offload_tags", ())
         memory = ["the memory of the weights is released: resume it first"] if released else []
         kv_store = getattr(self._scheduler, "enable_hicache_storage", False)
         storage = ["KV cache of old weights would stay in the HiCache storage: detach it"] if kv_store else []
-        return [*self._unsafe_layers, *memory, *storage]
+        return [*_unsafe_layers(self._model, self._capability), *memory, *storage]
 
     def flush_cache(self) -> bool:
         return bool(self._scheduler.flush_cache(empty_cache=False))
@@ -89,60 +109,29 @@ def _capability() -> tuple[int, int]:
     return torch.cuda.get_device_capability()
 
 
-_UNTOUCHED_METHODS = {"UnquantizedLinearMethod", "UnquantizedEmbeddingMethod", "Fp8KVCacheMethod"}
-_RAW_MOE_RUNNERS = {"auto", "triton", "deep_gemm", "cutlass"}
-
-
 def _unsafe_layers(model: torch.nn.Module, capability: tuple[int, int]) -> list[str]:
-    """Layers for which `process_weights_after_loading` would do more than nothing, and why; at most a few of each."""
-    reasons: dict[str, str] = {}
-    for name, layer in model.named_modules():
-        method = getattr(layer, "quant_method", None)
-        reason = None if method is None else _why_unsafe(layer, method, capability)
-        if reason is not None:
-            reasons.setdefault(reason, name)
-    return [f"{name} (and maybe others): {reason}" for reason, name in reasons.items()]
+    """Where raw copies into the parameters of `model` would be wrong or not enough, why, and what helps."""
+    from sglang.srt.layers.moe import get_moe_a2a_backend, get_moe_runner_backend
+
+    backends = Backends(
+        capability=capability,
+        is_rocm=torch.version.hip is not None,
+        moe_runner=str(get_moe_runner_backend().value),
+        moe_a2a=str(get_moe_a2a_backend().value),
+    )
+    found = [*refused_layers(model, backends), *refused_copies(unknown_tensors(model))]
+    return found or _refused_by_sglang(model)
 
 
-def _why_unsafe(layer: Any, method: Any, capability: tuple[int, int]) -> str | None:
-    kind = type(method).__name__
-    if kind in _UNTOUCHED_METHODS:
-        return None
-    if kind == "Fp8LinearMethod":
-        return _why_linear_unsafe(layer, method)
-    if kind == "Fp8MoEMethod":
-        return _why_moe_unsafe(layer, capability)
-    return f"its method {kind} is not known to leave loaded weights as they are"
+def _refused_by_sglang(model: torch.nn.Module) -> list[str]:
+    """SGLang's own word (from 0.5.20 on) on caches that no module holds, such as that of the HPC-Ops GEMM."""
+    from sglang.srt.model_executor.model_runner_components import weight_updater
 
-
-def _why_linear_unsafe(layer: Any, method: Any) -> str | None:
-    if not method.block_quant:
-        return "FP8 without blocks: start the server with the arguments of shared.launch"
-    if getattr(method, "use_marlin", False):
-        return "Marlin repacks it: unset SGLANG_FORCE_FP8_MARLIN; GPUs before Ada have no other kernel"
-    if layer.weight.dtype != torch.float8_e4m3fn or layer.weight_scale_inv.dtype != torch.float32:
-        return f"it is kept as {layer.weight.dtype} with {layer.weight_scale_inv.dtype} scales"
-    if getattr(layer.weight_scale_inv, "format_ue8m0", False):
-        return "DeepGEMM keeps its scales packed on this GPU: start with --fp8-gemm-backend triton"
-    if getattr(layer, "aiter_bpreshuffled", False):
-        return "AITER shuffles it: ROCm is not supported"
-    return None
-
-
-def _why_moe_unsafe(layer: Any, capability: tuple[int, int]) -> str | None:
-    from sglang.srt.layers.moe import get_moe_runner_backend
-
-    runner = get_moe_runner_backend().value
-    if runner not in _RAW_MOE_RUNNERS:
-        return f"the MoE runner {runner} rearranges experts: start with --moe-runner-backend triton"
-    if runner in ("auto", "deep_gemm") and capability >= (10, 0):
-        return "DeepGEMM repacks experts on this GPU: start with --moe-runner-backend triton"
-    if any(hasattr(layer, attr) for attr in ("hpc_ops_w13_weight_scale", "mega_moe_w13")):
-        return "it holds rearranged copies of its experts"
-    scales = (layer.w13_weight_scale_inv, layer.w2_weight_scale_inv)
-    if any(s.dtype != torch.float32 or getattr(s, "format_ue8m0", False) for s in scales):
-        return "its scales are packed: start with --moe-runner-backend triton"
-    return None
+    ask = getattr(weight_updater, "_unsupported_derived_weight_cache_error", None)
+    if ask is None:
+        return []
+    error = ask(model) if inspect.signature(ask).parameters else ask()  # 0.5.20 looks at no model
+    return [] if error is None else [f"the model: SGLang says: {error}"]
 
 
 def _scale_fmt(hf_config: Any) -> Literal["fp32", "ue8m0"]:

@@ -14,6 +14,9 @@ from typing import Any
 
 from packaging.version import Version
 
+_UPDATE_ERROR = (
+    "sglang.srt.model_executor.model_runner_components.weight_updater._unsupported_derived_weight_cache_error"
+)
 # Dotted name -> the parameters that are passed or read by name.
 NAMES: dict[str, tuple[str, ...]] = {
     "sglang.srt.entrypoints.http_server.app": (),
@@ -21,10 +24,12 @@ NAMES: dict[str, tuple[str, ...]] = {
     "sglang.srt.eplb.expert_location.ExpertLocationMetadata.logical_to_all_physical": (),
     "sglang.srt.eplb.expert_location.get_global_expert_location_metadata": (),
     "sglang.srt.layers.layernorm.GemmaRMSNorm": (),
+    "sglang.srt.layers.moe.get_moe_a2a_backend": (),
     "sglang.srt.layers.moe.get_moe_runner_backend": (),
     "sglang.srt.layers.quantization.fp8.Fp8LinearMethod": (),
     "sglang.srt.layers.quantization.fp8.Fp8MoEMethod": (),
     "sglang.srt.layers.quantization.fp8_utils.get_fp8_gemm_runner_backend": (),
+    "sglang.srt.lora.layers.BaseLayerWithLoRA": (),
     "sglang.srt.managers.io_struct.BaseReq": (),
     "sglang.srt.managers.io_struct.hook_custom_types": (),
     "sglang.srt.managers.io_struct.CheckWeightsReqInput.action": (),
@@ -36,6 +41,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "sglang.srt.managers.tokenizer_manager.TokenizerManager._dispatch_to_scheduler": (),
     "sglang.srt.managers.tokenizer_manager.TokenizerManager._update_weight_version_if_provided": (),
     "sglang.srt.managers.tokenizer_manager.TokenizerManager.auto_create_handle_loop": (),
+    _UPDATE_ERROR: (),
     "sglang.srt.utils.auth.AuthLevel.ADMIN_OPTIONAL": (),
     "sglang.srt.utils.auth.auth_level": (),
     "sglang.utils.TypeBasedDispatcher.__iadd__": (),
@@ -46,12 +52,14 @@ SERVER_ARGS = (
     *("enable_http2", "enable_lmcache", "enable_lora", "enable_weights_cpu_backup", "encoder_only", "grpc_mode"),
     *("grpc_port", "hicache_storage_backend", "load_format", "model_path", "moe_runner_backend", "pp_size"),
     *("revision", "smg_grpc_mode", "speculative_algorithm", "ssl_certfile", "tokenizer_worker_num", "url"),
-    *("attn_dp_size", "weight_cache_mode"),
+    *("attn_dp_size", "cpu_offload_gb", "elastic_ep_backend", "enable_elastic_expert_backup", "offload_group_size"),
+    "weight_cache_mode",
 )
 # The release that brought a name, where that is not the oldest supported one. Older ones lack the feature, too.
 SINCE = {
     "attn_dp_size": "0.5.23",
     "weight_cache_mode": "0.5.17",
+    _UPDATE_ERROR: "0.5.20",
     "sglang.srt.managers.scheduler.Scheduler.record_weight_version_change": "0.5.19",
 }
 # Of objects, when fp8sync is attached to them.
