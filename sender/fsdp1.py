@@ -30,11 +30,21 @@ class Fsdp1Unit:
     def gather(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """Collective, the first time after `release`. On other ranks than 0 a tensor without values."""
         if name not in self._gathered:
+            self._reshard()
             summon = FullyShardedDataParallel.summon_full_params
             with summon(self._module, recurse=False, writeback=False, rank0_only=True):
                 for found, shape in zip(self.names, self.shapes, strict=True):
                     self._gathered[found] = self._take(found, shape, dtype)
         return self._gathered[name]
+
+    def _reshard(self) -> None:
+        """Drop what the last forward gathered: the root keeps it, and an optimizer's step does not reach it."""
+        handle: Any = self._module._handle
+        started = self._module._is_root is not None  # nothing is gathered, nor can be dropped, before the first use
+        if started and handle.uses_sharded_strategy and handle._training_state.name == "IDLE":
+            handle.reshard(True)
+            handle.post_reshard()
+            handle._prefetched = False
 
     def _take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         if self._module.rank != 0:

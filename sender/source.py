@@ -10,21 +10,23 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from sender.hf_names import checkpoint_cuts
 from sender.ranks import TrainerRanks
 from sender.wrappers import WIRE_DTYPES as _WIRE_DTYPES
 from sender.wrappers import Held, checkpoint_tensors, refuse_foreign
 from shared.buckets import DTYPE_NAMES, DTYPES
 from shared.coverage import Box, overlapped, uncovered
 from shared.errors import ConfigError, PlanError
-from shared.naming import Piece, pieces
 from shared.protocol import TensorSpec
+
+T = TypeVar("T")
 
 
 class WeightSource(Protocol):
@@ -53,14 +55,13 @@ class ModuleSource:
             raise ConfigError(f"a {type(model).__name__} is no module: for tensors by name there is push_shards")
         refuse_foreign(model)
         _reshard(model)
-        self._pieces: dict[str, tuple[Held, Piece]] = {}
-        specs = []
-        for name, held in checkpoint_tensors(model):
-            dtype = DTYPE_NAMES[_WIRE_DTYPES[held.dtype]]
-            for piece in pieces(name, held.shape):
-                self._pieces[piece.name] = (held, piece)
-                specs.append(TensorSpec.model_validate({"name": piece.name, "shape": piece.shape, "dtype": dtype}))
-        self._tensors = tuple(specs)
+        held = _by_name(checkpoint_tensors(model))
+        cuts = checkpoint_cuts(model, {name: parameter.shape for name, (parameter, _) in held.items()})
+        self._cuts = _by_name((cut.name, (*held[name], cut)) for name in held for cut in cuts[name])
+        specs = (
+            {"name": cut.name, "shape": cut.shape, "dtype": DTYPE_NAMES[dtype]} for _, dtype, cut in self._cuts.values()
+        )
+        self._tensors = tuple(TensorSpec.model_validate(spec) for spec in specs)
         self._gathered: tuple[Held | None, torch.Tensor | None] = (None, None)
 
     @property
@@ -68,29 +69,36 @@ class ModuleSource:
         return self._tensors
 
     def gather(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
-        return {name: self._piece(*self._pieces[name]) for name in names}
+        found = {}
+        for name in names:
+            held, dtype, cut = self._cuts[name]
+            found[name] = cut.of(self._whole(held, dtype))
+        return found
 
-    def _piece(self, held: Held, piece: Piece) -> torch.Tensor:
-        whole = self._whole(held)
-        if piece.expert is None:
-            return whole
-        return whole[piece.expert].narrow(0, piece.first_row, piece.shape[0])
-
-    def _whole(self, held: Held) -> torch.Tensor:
-        """The gathered parameter; kept while its pieces are asked for one after the other."""
+    def _whole(self, held: Held, dtype: torch.dtype) -> torch.Tensor:
+        """The gathered parameter; kept while its cuts are asked for one after the other."""
         last, whole = self._gathered
         if last is not held or whole is None:
             self._gathered = (None, None)
             with torch.no_grad():
-                whole = held.whole(_WIRE_DTYPES[held.dtype])
+                whole = held.whole(dtype)
             self._gathered = (held, whole)
         return whole
 
     def release(self) -> None:
         """Drop what was gathered last."""
         self._gathered = (None, None)
-        for held, _ in self._pieces.values():
+        for held, _, _ in self._cuts.values():
             held.release()
+
+
+def _by_name(pairs: Iterable[tuple[str, T]]) -> dict[str, T]:
+    found: dict[str, T] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ConfigError(f"{name}: two tensors of the model have this name once its wrappers are taken off")
+        found[name] = value
+    return found
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,14 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from sender.fsdp1 import Fsdp1Parameter, fsdp1_parameters
+from sender.fsdp1 import fsdp1_parameters
 from shared.errors import ConfigError
 from shared.naming import canonical_name
 
+# What is pushed of a parameter: fp32 ones are masters, and mixed precision computes with their BF16 values. It leaves
+# buffers alone: a router's correction bias that training keeps in fp32 is pushed in fp32.
 WIRE_DTYPES = {torch.bfloat16: torch.bfloat16, torch.float16: torch.float16, torch.float32: torch.bfloat16}
+_BUFFER_DTYPES = {dtype: dtype for dtype in WIRE_DTYPES}
 
 
 class Held(Protocol):
@@ -34,7 +37,7 @@ class Held(Protocol):
 
     @property
     def dtype(self) -> torch.dtype:
-        """As training keeps it; what is pushed is rounded to a type of `WIRE_DTYPES`."""
+        """As training keeps it."""
 
     def whole(self, dtype: torch.dtype) -> torch.Tensor:
         """Collective. The whole parameter in `dtype` on rank 0; what others get is not used."""
@@ -52,15 +55,19 @@ class TensorHeld:
         self.dtype = tensor.dtype
 
     def whole(self, dtype: torch.dtype) -> torch.Tensor:
-        local = self._tensor.detach().to(dtype)
-        return local.full_tensor() if isinstance(local, DTensor) else local
+        tensor = self._tensor.detach().to(dtype)
+        if isinstance(tensor, DTensor):  # under CPU offload, the group of its mesh may have collectives elsewhere only
+            moved: Any = tensor.to(tensor.device_mesh.device_type)
+            tensor = moved.full_tensor()
+        return tensor
 
     def release(self) -> None:
         """Nothing is kept."""
 
 
-def checkpoint_tensors(model: nn.Module) -> Iterator[tuple[str, Held]]:
-    """Parameters and persistent floating-point buffers under their checkpoint names, the same on every rank.
+def checkpoint_tensors(model: nn.Module) -> Iterator[tuple[str, tuple[Held, torch.dtype]]]:
+    """Parameters and persistent floating-point buffers, each under the name that the bare model has for it and with
+    the type in which it is pushed; the same on every rank.
 
     Raises:
         ConfigError: a tensor that cannot be pushed, or an adapter that is not merged.
@@ -69,32 +76,40 @@ def checkpoint_tensors(model: nn.Module) -> Iterator[tuple[str, Held]]:
     held, in_fsdp1 = fsdp1_parameters(model)
     for raw_name, parameter in held:
         if (name := names.of(raw_name)) is not None:
-            yield _checked(name, parameter, type(parameter))
-    for raw_name, tensor in _tensors(model):
+            dtype = _wire_dtype(name, str(parameter.dtype), WIRE_DTYPES.get(parameter.dtype))
+            yield name, (parameter, dtype)
+    for raw_name, tensor, dtypes in _tensors(model):
         if id(tensor) not in in_fsdp1 and (name := names.of(raw_name)) is not None:
             if tensor.is_meta:
                 raise ConfigError(f"{name}: it is on the meta device and has no values to push")
-            yield _checked(name, TensorHeld(tensor), type(tensor))
+            packed = _packed_type(tensor)
+            what = f"{packed} of {tensor.dtype}" if packed else str(tensor.dtype)
+            dtype = _wire_dtype(name, what, None if packed else dtypes.get(tensor.dtype))
+            yield name, (TensorHeld(tensor), dtype)
 
 
-def _checked(name: str, held: TensorHeld | Fsdp1Parameter, kind: Any) -> tuple[str, Held]:
-    quantized = issubclass(kind, torch.Tensor) and not issubclass(kind, DTensor)
-    quantized = quantized and kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
-    if quantized or held.dtype not in WIRE_DTYPES:
-        what = f"{kind.__name__} of {held.dtype}" if quantized else str(held.dtype)
+def _wire_dtype(name: str, what: str, dtype: torch.dtype | None) -> torch.dtype:
+    if dtype is None:
         text = f"{name}: a {what} cannot be pushed: train in bf16, fp16 or fp32; the push itself quantizes to FP8"
         raise ConfigError(text)
-    return name, held
+    return dtype
 
 
-def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters and persistent floating-point buffers: what a checkpoint holds of them."""
-    yield from model.named_parameters()
+def _packed_type(tensor: torch.Tensor) -> str:
+    """The class of a tensor, or of the shard in a DTensor, that stands for other bytes than its type says; else ""."""
+    local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+    packed = type(local).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+    return type(local).__name__ if packed else ""
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, dict[torch.dtype, torch.dtype]]]:
+    """Parameters and persistent floating-point buffers, and the types in which they are pushed."""
+    yield from ((name, parameter, WIRE_DTYPES) for name, parameter in model.named_parameters())
     for prefix, module in model.named_modules():
         for name, buffer in module.named_buffers(prefix=prefix, recurse=False):
             persistent = name.rpartition(".")[2] not in module._non_persistent_buffers_set
             if persistent and buffer.is_floating_point():
-                yield name, buffer
+                yield name, buffer, _BUFFER_DTYPES
 
 
 class _Names:
@@ -117,8 +132,14 @@ class _Names:
                 _check_merged(path, module)
                 self._inserted.add(f"{start}base_layer")
                 self._adapted.append(start)
-            if "modules_to_save" in module._modules and "original_module" in module._modules:
-                raise ConfigError(f"{path}: PEFT keeps two versions of it (modules_to_save): {_MERGE_AND_UNLOAD}")
+            if "original_module" in module._modules:
+                raise ConfigError(
+                    f"{path}: PEFT keeps two versions of it ({type(module).__name__}): {_MERGE_AND_UNLOAD}"
+                )
+            if isinstance(getattr(module, "prompt_encoder", None), nn.ModuleDict):
+                raise ConfigError(
+                    f"{path or 'model'}: a {type(module).__name__} with learned prompts, which no weights hold"
+                )
 
     def of(self, raw_name: str) -> str | None:
         """The checkpoint name, None for a tensor of a merged adapter, which is in its base weight already."""
@@ -126,10 +147,15 @@ class _Names:
             return None
         parts = raw_name.split(".")
         kept = [part for i, part in enumerate(parts) if ".".join(parts[: i + 1]) not in self._inserted]
+        if found := _ADAPTER_PARTS.intersection(parts):
+            text = f"of an adapter ({', '.join(sorted(found))}) in a layer that does not say whether it is merged"
+            raise ConfigError(f"{raw_name}: {text}: {_MERGE_AND_UNLOAD}")
         return canonical_name(".".join(kept))
 
 
 _MERGE_AND_UNLOAD = "push model.merge_and_unload() of a copy"
+_LORA = {f"lora_{part}" for part in ("A", "B", "a", "b", "embedding_A", "embedding_B", "magnitude_vector")}
+_ADAPTER_PARTS = frozenset(_LORA | {"modules_to_save", "token_adapter"})
 
 
 def _check_merged(path: str, module: nn.Module) -> None:
@@ -145,7 +171,7 @@ def refuse_foreign(model: nn.Module) -> None:
             raise NotImplementedError(f"{path}: a Megatron module ({type(module).__name__}) {_NOT_SUPPORTED}")
         fused = getattr(module, "gate_up_proj", None)
         unusual = getattr(module, "is_transposed", False) or not getattr(module, "is_concatenated", True)
-        if isinstance(fused, nn.Parameter) and unusual:
+        if isinstance(fused, torch.Tensor) and unusual:
             text = "its experts are stored transposed or interleaved, which no block-FP8 checkpoint is"
             raise ConfigError(f"{path}: {text}; give its tensors to FP8Sender.push_shards")
     for name, parameter in model.named_parameters():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,25 +20,26 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
-from torch.distributed.tensor import Replicate, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.distributed.tensor import Shard as ShardPlacement
 from torch.nn.parallel import DistributedDataParallel
 
 from receiver_plugin.probe import fingerprint
-from sender.source import ModuleSource
+from sender import export_checkpoint
 from shared.errors import ConfigError
 from tests.test_distributed import make_sender
 from tests.test_push_memory import Server, expected
-from tests.test_ranks import run_on_ranks
-from tests.tiny_models import Trainer, TrainerLayer
+from tests.test_ranks import caught, run_on_ranks
+from tests.test_trainer_names import with_adapters
+from tests.tiny_models import HIDDEN, VOCAB, Trainer, TrainerLayer
 
 BF16, FP32 = torch.bfloat16, torch.float32
-Layout = Callable[[Trainer], nn.Module]
+Layout = Callable[[Any], nn.Module]
 
 
 def fsdp2(**settings: Any) -> Layout:
-    def wrap(model: Trainer) -> nn.Module:
-        for layer in model.get_submodule("model.layers").children():
+    def wrap(model: nn.Module) -> nn.Module:
+        for layer in [module for module in model.modules() if isinstance(module, TrainerLayer)]:
             fully_shard(layer, **settings)
         fully_shard(model, **settings)
         return model
@@ -46,7 +48,7 @@ def fsdp2(**settings: Any) -> Layout:
 
 
 def fsdp1(**settings: Any) -> Layout:
-    def wrap(model: Trainer) -> nn.Module:
+    def wrap(model: nn.Module) -> nn.Module:
         policy = ModuleWrapPolicy({TrainerLayer})
         return FullyShardedDataParallel(model, auto_wrap_policy=policy, device_id=torch.device("cpu"), **settings)
 
@@ -74,6 +76,20 @@ def tensor_parallel(model: Trainer) -> nn.Module:
     return model
 
 
+def tied(model: Trainer) -> Trainer:
+    """A checkpoint has one name for both."""
+    model.lm_head = nn.Linear(HIDDEN, VOCAB, bias=False)
+    model.lm_head.weight = model.get_parameter("model.embed_tokens.weight")
+    return model
+
+
+def compiled_layers(model: Trainer) -> Trainer:
+    layers = model.get_submodule("model.layers")
+    for name, layer in list(layers.named_children()):
+        setattr(layers, name, compiled(layer))
+    return model
+
+
 def compiled(model: nn.Module) -> nn.Module:
     found = torch.compile(model)
     assert isinstance(found, nn.Module)
@@ -83,13 +99,15 @@ def compiled(model: nn.Module) -> nn.Module:
 MASTERS = MixedPrecision(param_dtype=BF16)
 ON_2_RANKS: dict[str, tuple[torch.dtype, Layout]] = {
     "unsharded": (BF16, lambda model: model),
-    "compiled layers in a compiled model": (BF16, lambda model: compiled(checkpointed(model))),
+    "compiled layers in a compiled model": (BF16, lambda model: compiled(compiled_layers(model))),
     "DDP of a compiled model": (FP32, lambda model: DistributedDataParallel(compiled(model))),
     "compiled DDP, checkpointed": (BF16, lambda model: compiled(DistributedDataParallel(checkpointed(model)))),
     "FSDP2, fp32 masters": (FP32, fsdp2(mp_policy=MixedPrecisionPolicy(param_dtype=BF16))),
     "FSDP2, CPU offload": (BF16, fsdp2(offload_policy=CPUOffloadPolicy(pin_memory=False))),
     "FSDP2, frozen layer": (BF16, lambda model: fsdp2()(frozen(model))),
-    "FSDP2, checkpointed and compiled": (BF16, lambda model: compiled(fsdp2()(checkpointed(model)))),  # type: ignore[arg-type]
+    "FSDP2, checkpointed and compiled": (BF16, lambda model: compiled(fsdp2()(checkpointed(model)))),
+    "FSDP2, tied": (BF16, lambda model: fsdp2()(tied(model))),
+    "FSDP2 of merged adapters": (BF16, lambda model: fsdp2()(with_adapters(model, merged=True))),
     "tensor parallel": (BF16, tensor_parallel),
     "FSDP1, original parameters": (BF16, fsdp1(use_orig_params=True)),
     "FSDP1, flat parameters, fp32 masters": (FP32, fsdp1(use_orig_params=False, mixed_precision=MASTERS)),
@@ -97,6 +115,8 @@ ON_2_RANKS: dict[str, tuple[torch.dtype, Layout]] = {
         FP32,
         lambda model: fsdp1(use_orig_params=True, mixed_precision=MASTERS)(frozen(model)),
     ),
+    "FSDP1, tied": (BF16, lambda model: fsdp1(use_orig_params=False)(tied(model))),
+    "FSDP1 of merged adapters": (BF16, lambda m: fsdp1(use_orig_params=True)(with_adapters(m, merged=True))),
     "FSDP1, checkpointed": (BF16, lambda model: checkpointed(fsdp1(use_orig_params=True)(model))),
     "FSDP1, nothing sharded": (BF16, fsdp1(use_orig_params=True, sharding_strategy=ShardingStrategy.NO_SHARD)),
 }
@@ -150,73 +170,49 @@ def test_all_layouts_push_the_bare_model(size: int, layouts: tuple[str, ...]) ->
         assert found == dict.fromkeys(layouts, "")
 
 
-# Adapters: stand-ins with the attributes and names of PEFT's layers
+# What training did last must not matter
 
 
-class LoraLinear(nn.Module):
-    def __init__(self, base: nn.Module) -> None:
-        super().__init__()
-        self.base_layer = base
-        self.lora_A = nn.ModuleDict({"default": nn.Linear(192, 4, bias=False)})
-        self.lora_B = nn.ModuleDict({"default": nn.Linear(4, 256, bias=False)})
-        self.merged = False
+def embedding_sum(model: Any) -> torch.Tensor:
+    total: torch.Tensor = model.model.embed_tokens.weight.float().sum()
+    return total
 
 
-class LoraModel(nn.Module):
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
+def push_after_evaluation(rank: int, original: bool) -> bool:
+    server, model = Server() if rank == 0 else None, fsdp1(use_orig_params=original)(Trainer())
+    Trainer.forward = embedding_sum
+    with torch.no_grad():
+        before = model()  # the root keeps what it gathered
+        for parameter in model.parameters():
+            parameter.mul_(3.0)
+    with make_sender(server) as sender:
+        sender.push(model)
+    tripled = Trainer()
+    for parameter in tripled.parameters():
+        parameter.data.mul_(3.0)
+    assert torch.equal(model(), embedding_sum(tripled)) and not torch.equal(before, model())
+    return server is None or fingerprint(server.model) == expected(tripled)
 
 
-class PeftModel(nn.Module):
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.base_model = LoraModel(model)
-        self.peft_config: dict[str, Any] = {}
+@pytest.mark.parametrize("original", [True, False])
+def test_fsdp1_after_a_forward_without_backward(original: bool) -> None:
+    assert run_on_ranks(push_after_evaluation, 2, original) == [True, True]
 
 
-def adapted() -> tuple[PeftModel, list[LoraLinear]]:
-    model, layers = Trainer(), []
-    for layer in model.get_submodule("model.layers").children():
-        attention = layer.get_submodule("self_attn")
-        layers.append(LoraLinear(attention.get_submodule("q_proj")))
-        attention.q_proj = layers[-1]
-    return PeftModel(model), layers
+# What cannot be pushed
 
 
-def names_of(model: nn.Module) -> list[str]:
-    return [tensor.name for tensor in ModuleSource(model).tensors]
+def watched() -> tuple[Server, list[object]]:
+    """A server, and all messages that reach it."""
+    server, heard = Server(), list[object]()
+    answer = server.control._handle
 
+    def hear(message: Any) -> Any:
+        heard.append(message)
+        return answer(message)
 
-def test_merged_adapters_are_pushed_as_their_base_weights() -> None:
-    model, layers = adapted()
-    for layer in layers:
-        layer.merged = True
-    assert sorted(names_of(model)) == sorted(names_of(Trainer()))
-    name = "model.layers.1.self_attn.q_proj.weight"
-    held = ModuleSource(model).gather([name])[name]
-    assert torch.equal(held, layers[1].base_layer.get_parameter("weight"))
-
-
-def test_adapters_that_are_not_merged_are_refused() -> None:
-    model, layers = adapted()
-    layers[0].merged = True
-    way = r"layers\.1\.self_attn\.q_proj: a LoraLinear .* not merged: model\.merge_adapter\(\), push, model\.unmerge_ad"
-    with pytest.raises(ConfigError, match=way):
-        ModuleSource(model)
-
-
-def test_modules_with_two_versions_are_refused() -> None:
-    model = Trainer()
-    wrapper = nn.Module()
-    wrapper.original_module = model.get_submodule("model.embed_tokens")
-    wrapper.modules_to_save = nn.ModuleDict({"default": nn.Embedding(250, 192)})
-    model.get_submodule("model").embed_tokens = wrapper
-    with pytest.raises(ConfigError, match=r"model\.embed_tokens: PEFT keeps two versions .*merge_and_unload\(\)"):
-        ModuleSource(model)
-
-
-# Tensors that cannot be pushed
+    server.control._handle = hear
+    return server, heard
 
 
 class PackedTensor(torch.Tensor):
@@ -224,7 +220,7 @@ class PackedTensor(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        assert func is torch.ops.aten.detach.default, "its values were read"
+        assert func in (torch.ops.aten.detach.default, torch.ops.aten.view.default), f"its values were read: {func}"
         return packed()
 
 
@@ -233,6 +229,13 @@ def packed() -> torch.Tensor:
     tensor = torch.Tensor._make_wrapper_subclass(PackedTensor, size, dtype=BF16)
     assert isinstance(tensor, torch.Tensor)
     return tensor
+
+
+def q_proj_replaced(tensor: torch.Tensor) -> Trainer:
+    model = Trainer()
+    q_proj = model.get_submodule("model.layers.0.self_attn.q_proj")
+    q_proj._parameters["weight"] = nn.Parameter(tensor, requires_grad=False)
+    return model
 
 
 @pytest.mark.parametrize(
@@ -247,35 +250,48 @@ def packed() -> torch.Tensor:
         (lambda: torch.empty(256, 192, device="meta"), "on the meta device"),
     ],
 )
-def test_what_cannot_be_pushed_is_named(tensor: Callable[[], torch.Tensor], why: str) -> None:
-    model = Trainer()
-    attention = model.get_submodule("model.layers.0.self_attn")
-    attention.get_submodule("q_proj")._parameters["weight"] = nn.Parameter(tensor(), requires_grad=False)
-    with pytest.raises(ConfigError, match=rf"model\.layers\.0\.self_attn\.q_proj\.weight: .*{why}"):
-        ModuleSource(model)
+def test_what_cannot_be_pushed_is_named(tensor: Callable[[], torch.Tensor], why: str, tmp_path: Path) -> None:
+    model, (server, heard) = q_proj_replaced(tensor()), watched()
+    named = rf"model\.layers\.0\.self_attn\.q_proj\.weight: .*{why}"
+    with make_sender(server) as sender, pytest.raises(ConfigError, match=named):
+        sender.push(model)
+    with pytest.raises(ConfigError, match=named):
+        export_checkpoint(model, tmp_path / "out", hf_config={})
+    assert not heard and not (tmp_path / "out").exists()
 
 
-class Interleaved(nn.Module):
-    """Experts as GPT-OSS keeps them."""
-
-    is_transposed, is_concatenated = True, False
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate_up_proj = nn.Parameter(torch.zeros(2, 8, 16, dtype=BF16))
+def packed_shards() -> nn.Module:
+    mesh = init_device_mesh("cpu", (2,))
+    return q_proj_replaced(DTensor.from_local(packed(), mesh, [ShardPlacement(0)], run_check=False))
 
 
-def test_experts_in_another_layout_are_refused() -> None:
-    model = nn.Module()
-    model.experts = Interleaved()
-    with pytest.raises(ConfigError, match="experts: its experts are stored transposed or interleaved"):
-        ModuleSource(model)
+def on_meta() -> nn.Module:
+    with torch.device("meta"):
+        return fsdp2()(Trainer())
 
 
-def shapes() -> Iterator[tuple[str, tuple[int, ...]]]:
-    yield from ((name, tuple(parameter.shape)) for name, parameter in Trainer().named_parameters())
+REFUSED_ON_RANKS: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "packed shards": (packed_shards, "q_proj.weight: a PackedTensor of torch.bfloat16 cannot be pushed"),
+    "FSDP2 on the meta device": (on_meta, "it is on the meta device"),
+    "FSDP2, adapters": (lambda: fsdp2()(with_adapters(Trainer(), merged=False)), "model.merge_adapter(), push"),
+    "FSDP1, adapters": (
+        lambda: fsdp1(use_orig_params=True)(with_adapters(Trainer(), merged=False)),
+        "model.merge_adapter(), push",
+    ),
+}
 
 
-def test_names_and_shapes_are_those_of_the_bare_model() -> None:
-    model = compiled(checkpointed(Trainer()))
-    assert [(t.name, t.shape) for t in ModuleSource(model).tensors] == list(shapes())
+def push_refused(rank: int) -> dict[str, str]:
+    (server, heard), found = watched(), {}
+    with make_sender(server if rank == 0 else None) as sender:
+        for name, (make_model, _) in REFUSED_ON_RANKS.items():
+            found[name] = caught(sender.push, make_model())["text"]
+        assert not heard
+        sender.push(fsdp2()(Trainer()))
+    return found
+
+
+def test_all_ranks_refuse_alike_and_go_on() -> None:
+    for found in run_on_ranks(push_refused, 2):
+        for name, (_, text) in REFUSED_ON_RANKS.items():
+            assert text in found[name], (name, found[name])
