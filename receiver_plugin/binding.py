@@ -17,7 +17,7 @@ and it is right where a loader drops them, as that of Llama does in SGLang 0.5.1
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -137,7 +137,7 @@ def _coverage_problems(held: dict[str, torch.Tensor], required: set[str], writte
             problems.append(f"{text}: not contiguous in memory, which a byte image cannot bind")
         elif not boxes:
             problems.append(f"{text}: the server needs it and got nothing for it")
-        elif tiles(tensor.shape, boxes):
+        elif tiles(tensor.shape, tuple(boxes)):
             continue
         elif (hole := uncovered(tensor.shape, boxes)) is not None:
             problems.append(f"{text}: nothing arrives for its part {_text(hole)}")
@@ -159,7 +159,7 @@ def _place(
     return placed
 
 
-def _box(name: str, shape: Sequence[int], view: View, problems: list[str]) -> Box | None:
+def _box(name: str, shape: tuple[int, ...], view: View, problems: list[str]) -> Box | None:
     box = box_of(shape, *view)
     if box is None:
         problems.append(f"{name}: the loader uses a window of it that is no box ({view})")

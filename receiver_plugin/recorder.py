@@ -24,7 +24,21 @@ _MAX_REFUSALS = 256
 _COPY, _CAT, _ITEM = torch.ops.aten.copy_, torch.ops.aten.cat, torch.ops.aten._local_scalar_dense
 _FILLS = (torch.ops.aten.fill_, torch.ops.aten.zero_)
 _MAKERS = (_CAT, torch.ops.aten.clone, torch.ops.aten._to_copy)
-_VIEWS: dict[int, Any] = {}  # operators that only make views, by id, found as they come; they live for ever
+
+
+def _slice(tensor: torch.Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> Any:
+    if step == 1 and start is not None and end is not None and 0 <= start <= end <= tensor.shape[dim]:
+        return tensor.narrow(dim, start, end - start)
+    return torch.ops.aten.slice.Tensor(tensor, dim, start, end, step)
+
+
+# Operators that only make views, by id (they live for ever), and what to call for each; more are found as they come.
+# The methods of a tensor do the same as their operators in a third of the time.
+_VIEWS: dict[int, Any] = {
+    id(torch.ops.aten.detach.default): torch.Tensor.detach,
+    id(torch.ops.aten.select.int): torch.Tensor.select,
+    id(torch.ops.aten.slice.Tensor): _slice,
+}
 
 
 class Source(NamedTuple):
@@ -141,8 +155,9 @@ class Recorder(TorchDispatchMode):
         self.calls.append(Call(module, method, args, kwargs))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if id(func) in _VIEWS:  # most of what a loader does
-            return func(*args, **kwargs) if kwargs else func(*args)
+        view = _VIEWS.get(id(func))  # most of what a loader does
+        if view is not None:
+            return view(*args, **kwargs) if kwargs else view(*args)
         return self._watch(func, args, kwargs or {})
 
     def _watch(self, func: Any, args: Any, kwargs: Any) -> Any:

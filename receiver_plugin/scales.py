@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -38,19 +39,18 @@ def follow(
     targets = {copy.parameter for copy, _, _ in placed if held[copy.parameter].dtype == torch.float8_e4m3fn}
     scales = {name: _scale_of(name, held) for name in targets}
     parameter_shapes = {name: tuple(held[name].shape) for name in targets}
-    strides = {name: scale.stride() for name, scale in scales.items() if isinstance(scale, torch.Tensor)}
     for copy, of, to in placed:
         if copy.parameter not in targets:
             continue
         if isinstance(why := scales[copy.parameter], str):
             refused[copy.parameter] = why
             continue
-        view = _source_view(of, shapes[copy.source], copy.source_view)
-        blocks = _blocks(to, parameter_shapes[copy.parameter], copy.parameter_view)
-        if view is None or blocks is None:
+        source_shape, parameter_shape = shapes[copy.source], parameter_shapes[copy.parameter]
+        view = _scale_view(of, source_shape, copy.source_view)
+        window = _scale_view(to, parameter_shape, copy.parameter_view)
+        if view is None or window is None:
             refused[copy.parameter] = f"the loader cuts {copy.source} through its {BLOCK}x{BLOCK} blocks"
             continue
-        window = _view(blocks, strides[copy.parameter])
         found.append(Copy(scale_name(copy.source), view, scale_name(copy.parameter), window))
     problems += [f"{name}: {why}" for name, why in refused.items()]
     return found
@@ -67,11 +67,15 @@ def _scale_of(name: str, held: Mapping[str, torch.Tensor]) -> torch.Tensor | str
     return scale
 
 
-@lru_cache(maxsize=1024)
-def _source_view(box: Box, shape: Shape, view: View) -> View | None:
-    """The window of a source's scale that belongs to `view` of the source; many sources are alike."""
+@lru_cache(maxsize=16384)  # layers are alike
+def _scale_view(box: Box, shape: Shape, view: View) -> View | None:
+    """The window of the contiguous scale of a tensor of `shape` that belongs to `view`, which touches `box` of it."""
     blocks = _blocks(box, shape, view)
-    return None if blocks is None else _view(blocks, (scale_shape(*shape)[1], 1))
+    if blocks is None:
+        return None
+    scale = (*shape[:-2], *scale_shape(*shape[-2:]))
+    offset = sum(start * prod(scale[dim + 1 :]) for dim, (start, _) in enumerate(blocks))
+    return View(offset, tuple(stop - start for start, stop in blocks[-2:]), (scale[-1], 1))
 
 
 def _blocks(box: Box, shape: Shape, view: View) -> Box | None:
@@ -84,12 +88,3 @@ def _blocks(box: Box, shape: Shape, view: View) -> Box | None:
             return None
         blocks.append((start // BLOCK, -(-stop // BLOCK)))
     return tuple(blocks)
-
-
-def _view(box: Box, stride: Shape) -> View:
-    """The matrix `box` of a tensor with `stride`; leading dimensions have one element."""
-    offset = 0
-    for (start, _), step in zip(box, stride, strict=True):
-        offset += start * step
-    (top, bottom), (left, right) = box[-2:]
-    return View(offset, (bottom - top, right - left), stride[-2:])

@@ -14,7 +14,8 @@ import numpy as np
 Box = tuple[tuple[int, int], ...]
 
 
-def box_of(shape: Sequence[int], offset: int, size: Sequence[int], stride: Sequence[int]) -> Box | None:
+@lru_cache(maxsize=16384)  # layers are alike: most of a plan asks what it has asked before
+def box_of(shape: tuple[int, ...], offset: int, size: tuple[int, ...], stride: tuple[int, ...]) -> Box | None:
     """The box of a contiguous tensor of `shape` that the view (offset, size, stride; in elements) touches.
 
     Returns None where the view is not a box of that tensor. A transposed view is a box: its dimensions are matched
@@ -22,7 +23,7 @@ def box_of(shape: Sequence[int], offset: int, size: Sequence[int], stride: Seque
     """
     if 0 in size:  # touches nothing, wherever it lies: the padding of a vocabulary that needs none
         return ((0, 0),) * len(shape)
-    strides, extent = _extent(tuple(shape), tuple(size), tuple(stride))
+    strides, extent = _extent(shape, size, stride)
     if extent is None:
         return None
     box, left = [], offset
@@ -92,11 +93,11 @@ def overlapped(shape: Sequence[int], boxes: Iterable[Box]) -> Box | None:
     return _cell(cuts, np.argwhere(counts > 1)) if counts.max(initial=0) > 1 else None
 
 
-def tiles(shape: Sequence[int], boxes: Iterable[Box]) -> bool:
+@lru_cache(maxsize=1024)
+def tiles(shape: tuple[int, ...], boxes: tuple[Box, ...]) -> bool:
     """Whether `boxes` cover all of `shape`, each part once."""
-    boxes = list(boxes)
     if len(boxes) == 1:
-        return boxes[0] == whole(tuple(shape))
+        return boxes[0] == whole(shape)
     counts, _ = _grid(shape, boxes)
     return bool((counts == 1).all())
 
@@ -107,7 +108,7 @@ def whole(shape: tuple[int, ...]) -> Box:
     return tuple((0, full) for full in shape)
 
 
-def _grid(shape: Sequence[int], boxes: list[Box]) -> tuple[np.ndarray, list[list[int]]]:
+def _grid(shape: Sequence[int], boxes: Sequence[Box]) -> tuple[np.ndarray, list[list[int]]]:
     """How many boxes touch each cell of the grid that all their borders cut."""
     cuts = [sorted({0, full, *(edge for box in boxes for edge in box[dim])}) for dim, full in enumerate(shape)]
     index = [dict(zip(edges, range(len(edges)), strict=True)) for edges in cuts]

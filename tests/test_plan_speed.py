@@ -28,6 +28,7 @@ from shared.protocol import TensorSpec
 from tests.in_process import sglang_rank
 
 LIMIT_CPU_S = 2.0
+MOST_TRIES = 10  # the quickest counts: what else runs on the processor slows a try down, and nothing speeds one up
 LARGE = {
     "hidden_size": 2048,
     "moe_intermediate_size": 768,
@@ -65,14 +66,14 @@ def test_planning_for_128_experts_in_48_layers(tmp_path: Path) -> None:
     assert len(tensors) == 18_867
     with sglang_rank(tmp_path) as rank:
         model = rank.build("meta")
-        took_s = []
-        for _ in range(3):  # the quickest counts: a busy machine slows down, it never speeds up
+        took_s: list[float] = []
+        while len(took_s) < MOST_TRIES and min(took_s, default=LIMIT_CPU_S) >= LIMIT_CPU_S:
             began = time.process_time()
             manifest, plan = plan_offer(model, tensors, FP8BlockConfig(), SingleRank(), SglangDerived(model))
             took_s.append(time.process_time() - began)
     assert len(manifest) == len(tensors)
     assert len(plan.copies) == len(tensors) + sum(tensor.quantized for tensor in manifest)
-    assert min(took_s) < LIMIT_CPU_S
+    assert min(took_s) < LIMIT_CPU_S, took_s
 
 
 def test_a_push_does_nothing_in_python_for_each_tensor(tmp_path: Path) -> None:
