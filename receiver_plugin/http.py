@@ -9,10 +9,8 @@ until a commit is over; so `Control.refuse_if_fenced` is called again where a re
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
-import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, Protocol
 
@@ -20,6 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
+from receiver_plugin.door import Door
 from receiver_plugin.replicas import merge
 from shared import protocol as wire
 from shared.errors import ConfigError, Fp8SyncError
@@ -27,7 +26,6 @@ from shared.errors import ConfigError, Fp8SyncError
 logger = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 64 << 20
-_DRAIN_POLL_S = 0.01
 
 # What a fenced server still answers: what one needs to see, drain, stop or heal it. Nothing here runs the model.
 _OPEN_WHILE_FENCED = {
@@ -81,8 +79,14 @@ class Channel(Protocol):
         Raises: PushError: a replica did not answer in time; names it.
         """
 
-    def drained(self) -> Any:
-        """An async context manager: no request runs and none is admitted inside it."""
+    def drained(self, in_flight: wire.InFlight) -> Any:
+        """An async context manager: no request runs and none is admitted inside it.
+
+        Raises: PushError: the requests under way will not end.
+        """
+
+    def abort_all(self) -> None:
+        """End every request that the schedulers have."""
 
     def publish(self, version: int) -> None:
         """Let the replies of this process carry `version`."""
@@ -93,6 +97,7 @@ class Control:
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
+        self._door = Door(channel, self._ask, lambda: self._fence is not None)
         self._known = False
         self._fence: str | None = "its schedulers have not yet said whether their weights may be served"
         self._published = 0
@@ -113,9 +118,21 @@ class Control:
             message = wire.decode_message(await _body(request))
         except Fp8SyncError as error:  # in the form of a reply, so that any sender can read it
             return Response(self._reply(error).model_dump_json(), status_code=400, media_type="application/json")
-        reply = await (self._commit(message) if isinstance(message, wire.Commit) else self._ask(message))
+        reply = await self._answer(message)
         status = 200 if reply.error is None else _STATUS.get(reply.error.kind, 500)
         return Response(reply.model_dump_json(), status_code=status, media_type="application/json")
+
+    async def _answer(self, message: Any) -> wire.Reply:
+        if isinstance(message, wire.Commit):
+            return await self._door.commit(message)
+        if isinstance(message, wire.Hold):
+            return await self._door.hold(message)
+        if isinstance(message, wire.Release):
+            await self._door.release(message.session, message.version)
+            return await self._ask(wire.Describe())
+        if isinstance(message, wire.Abort | wire.Close):
+            await self._door.release(message.session)
+        return await self._ask(message)
 
     async def info(self, request: Request) -> Response:
         reply = await self._ask(wire.Describe())
@@ -146,36 +163,6 @@ class Control:
         self._known, self._fence = True, reply.fence
         return reply
 
-    async def _commit(self, message: wire.Commit) -> wire.Reply:
-        """Wait until no request runs, then commit: a reply never mixes two versions.
-
-        Of several replicas none commits before all have said that they can; if they end differently all the same, what
-        `merge` makes of it fences the server.
-        """
-        prepare = wire.Prepare(session=message.session, version=message.version)
-        deadline = time.monotonic() + message.drain_s
-        try:
-            async with asyncio.timeout(message.drain_s) as draining, self._channel.drained():
-                draining.reschedule(None)  # a commit that was sent is waited for: cut off, nobody knew what it did
-                if self._channel.num_replicas > 1:
-                    reply = await self._ask_until_idle(prepare, deadline)
-                    if reply.error is not None:
-                        return reply
-                return await self._ask_until_idle(message, deadline)
-        except TimeoutError:
-            text = f"requests were still running after {message.drain_s:.0f} s (timeout_s); nothing was touched"
-        except Fp8SyncError as error:
-            text = f"{error}; nothing was touched"
-        error_found = wire.WireError(kind="CommitError", message=text)
-        return (await self._ask(wire.Describe())).model_copy(update={"error": error_found, "info": None})
-
-    async def _ask_until_idle(self, message: Any, deadline: float) -> wire.Reply:
-        reply = await self._ask(message)
-        while _still_running(reply) and time.monotonic() < deadline:
-            await asyncio.sleep(_DRAIN_POLL_S)
-            reply = await self._ask(message)
-        return reply
-
     def _no_answer(self, message: Any, error: Fp8SyncError) -> wire.Reply:
         if isinstance(message, wire.Commit):  # nobody knows what became of it: fail closed
             who = "no rank" if self._channel.num_replicas == 1 else "not every replica"
@@ -189,10 +176,6 @@ class Control:
         found = wire.WireError(kind=type(error).__name__, message=str(error))
         state: wire.ServerState = "FENCED" if self._fence else "SERVING"
         return wire.Reply(state=state, version=self._published, fence=self._fence, error=found)
-
-
-def _still_running(reply: wire.Reply) -> bool:
-    return reply.error is not None and reply.error.kind == "ServerBusyError"
 
 
 async def _body(request: Request) -> bytes:

@@ -42,8 +42,6 @@ from shared.errors import (
 
 logger = logging.getLogger(__name__)
 
-_HOLD_S = 60.0
-
 
 class Engine(Protocol):
     """What the receiver asks of the engine around it; SGLang's is in `sglang_engine`."""
@@ -85,7 +83,9 @@ class Receiver:
             wire.Begin: self._begin,
             wire.Verify: self._verify,
             wire.Prepare: self._prepare,
+            wire.Hold: self._prepare,
             wire.Commit: self._commit,
+            wire.Release: self._release,
             wire.Abort: self._abort,
             wire.Close: self._close,
             wire.Probe: self._probe,
@@ -180,11 +180,16 @@ class Receiver:
         collect(self._ranks, lambda: transfer.verify(message.digests))
         return {}
 
-    def _prepare(self, message: wire.Prepare | wire.Commit) -> dict[str, Any]:
+    def _prepare(self, message: wire.Prepare | wire.Hold | wire.Commit) -> dict[str, Any]:
         session = self._session_of(message.session)
         transfer = session.transfer_of(message.version)
         collect(self._ranks, lambda: self._ready_to_commit(session, transfer))
-        transfer.hold(_HOLD_S)  # between its word and the commit, no deadline passes on one replica alone
+        if not isinstance(message, wire.Commit):
+            transfer.hold(message.hold_s)  # between its word and the commit, no deadline passes on one alone
+        return {}
+
+    def _release(self, message: wire.Release) -> dict[str, Any]:
+        """The door is the matter of the HTTP process; a receiver without one has none to open."""
         return {}
 
     def _commit(self, message: wire.Commit) -> dict[str, Any]:

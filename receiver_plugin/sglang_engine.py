@@ -100,11 +100,23 @@ class SglangEngine:
         return [*_unsafe_layers(self._model, self._capability), *memory, *storage]
 
     def flush_cache(self) -> bool:
-        flushed = bool(self._scheduler.flush_cache(empty_cache=False))
+        flushed = self._flush_kv_cache()
         cache = image_embeddings().embedding_cache
         if flushed and cache is not None:
             cache.clear()  # SGLang keeps what the old weights made of an image that it has seen
         return flushed
+
+    def _flush_kv_cache(self) -> bool:
+        scheduler = self._scheduler
+        knows_retracted = "ignore_waiting" in inspect.signature(scheduler.is_fully_idle).parameters
+        if not scheduler._engine_paused or knows_retracted:
+            return bool(scheduler.flush_cache(empty_cache=False))
+        # Requests that a pause put back hold no KV cache; older releases would wait for them to end all the same.
+        waiting, scheduler.waiting_queue = scheduler.waiting_queue, []
+        try:
+            return bool(scheduler.flush_cache(empty_cache=False))
+        finally:
+            scheduler.waiting_queue = waiting
 
     def synchronize(self) -> None:
         if self._on_gpu:

@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 from sglang.srt.entrypoints import http_server
+from sglang.srt.managers.io_struct import ContinueGenerationReqInput, PauseGenerationReqInput
 from sglang.srt.utils.auth import AuthLevel, auth_level
 from sglang.utils import TypeBasedDispatcher
 from sglang.version import __version__ as SGLANG_VERSION
@@ -28,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 _ANSWER_TIMEOUT_S = 55.0
 _WARM_UP_S = 120.0
+_ABORT_AGAIN_S = 0.1
 _control: Control | None = None  # of this process
 
 
@@ -72,24 +74,53 @@ class SchedulerChannel:
             self._complete.set()
 
     @asynccontextmanager
-    async def drained(self) -> AsyncIterator[None]:
-        """SGLang's own lock for weight updates: every request holds its reader side for as long as it runs.
+    async def drained(self, in_flight: wire.InFlight) -> AsyncIterator[None]:
+        """Inside, no request runs.
 
         Raises: PushError: generation is paused, so that the requests under way will not end.
         """
-        lock = self._manager.model_update_lock
-        if self._manager.is_pause and lock._readers:
+        if in_flight == "retract":
+            async with self._retracted():
+                yield
+            return
+        lock = self._manager.model_update_lock  # SGLang's own: every request holds its reader side while it runs
+        if in_flight == "wait" and self._manager.is_pause and lock._readers:
             raise PushError("generation is paused with requests under way: continue or abort them first")
+        aborting = asyncio.create_task(self._keep_aborting()) if in_flight == "abort" else None
         try:
             await lock.acquire_writer()
         except asyncio.CancelledError:
             async with lock._lock:  # those who waited for us behind the door are woken by nobody else
                 lock._cond.notify_all()
             raise
+        finally:
+            if aborting is not None:
+                aborting.cancel()
         try:
             yield
         finally:
             await lock.release_writer()
+
+    @asynccontextmanager
+    async def _retracted(self) -> AsyncIterator[None]:
+        """SGLang's own pause: its schedulers put requests back and free their KV cache. A pause of others goes on."""
+        was_paused = self._manager.is_pause
+        if not was_paused:
+            await self._manager.pause_generation(PauseGenerationReqInput(mode="retract"))
+        try:
+            yield
+        finally:
+            if not was_paused:
+                await self._manager.continue_generation(ContinueGenerationReqInput(torch_empty_cache=False))
+
+    async def _keep_aborting(self) -> None:
+        """Again and again: a request that was on its way to the schedulers is not yet known to them."""
+        while True:
+            self.abort_all()
+            await asyncio.sleep(_ABORT_AGAIN_S)
+
+    def abort_all(self) -> None:
+        self._manager.abort_request(abort_all=True)
 
     def publish(self, version: int) -> None:
         self._manager._update_weight_version_if_provided(str(version))

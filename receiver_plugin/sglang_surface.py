@@ -35,12 +35,18 @@ NAMES: dict[str, tuple[str, ...]] = {
     "sglang.srt.managers.io_struct.CheckWeightsReqInput.action": (),
     "sglang.srt.managers.io_struct.ReleaseMemoryOccupationReqInput.tags": (),
     "sglang.srt.managers.io_struct.ResumeMemoryOccupationReqInput.tags": (),
+    "sglang.srt.managers.io_struct.ContinueGenerationReqInput.torch_empty_cache": (),
+    "sglang.srt.managers.io_struct.PauseGenerationReqInput.mode": (),
     "sglang.srt.managers.scheduler.Scheduler.flush_cache": ("empty_cache",),
+    "sglang.srt.managers.scheduler.Scheduler.is_fully_idle": (),
     "sglang.srt.managers.scheduler.Scheduler.record_weight_version_change": ("new_version",),
     "sglang.srt.managers.tokenizer_manager.ServerStatus.Up": (),
     "sglang.srt.managers.tokenizer_manager.TokenizerManager._dispatch_to_scheduler": (),
     "sglang.srt.managers.tokenizer_manager.TokenizerManager._update_weight_version_if_provided": (),
+    "sglang.srt.managers.tokenizer_manager.TokenizerManager.abort_request": ("abort_all",),
     "sglang.srt.managers.tokenizer_manager.TokenizerManager.auto_create_handle_loop": (),
+    "sglang.srt.managers.tokenizer_manager.TokenizerManager.continue_generation": (),
+    "sglang.srt.managers.tokenizer_manager.TokenizerManager.pause_generation": (),
     _UPDATE_ERROR: (),
     "sglang.srt.utils.auth.AuthLevel.ADMIN_OPTIONAL": (),
     "sglang.srt.utils.auth.auth_level": (),
@@ -72,7 +78,8 @@ SINCE = {
 }
 # Of objects, when fp8sync is attached to them.
 SCHEDULER = (
-    *("_request_dispatcher", "enable_hicache_storage", "server_args"),
+    *("_engine_paused", "_request_dispatcher", "enable_hicache_storage", "server_args"),
+    "waiting_queue",
     *("tp_group.cpu_group", "tp_group.rank_in_group", "tp_group.world_size"),
     *("tp_worker.model_runner.model", "tp_worker.model_runner.model_config.hf_config", "weight_updater.offload_tags"),
 )

@@ -42,7 +42,7 @@ _POLL_S, _LONGEST_POLL_S = 0.002, 0.05
 
 def longest_push_s(timeout_s: float) -> float:
     """The most that rank 0 can spend in one push: planning, sending, verifying, committing and cleaning up."""
-    return 3 * timeout_s + _JOIN_TIMEOUT_S + 8 * _CONTROL_TIMEOUT_S
+    return 4 * timeout_s + _JOIN_TIMEOUT_S + 10 * _CONTROL_TIMEOUT_S
 
 
 class Fleet:
@@ -57,10 +57,14 @@ class Fleet:
         config: wire.FP8BlockConfig,
         plane: wire.PlaneName,
         timeout_s: float,
+        *,
+        in_flight: wire.InFlight = "wait",
+        strict: bool = False,
         make_memory_plane: Callable[[wire.Rendezvous], SendHalf] = MemoryPlane,
     ) -> None:
         self._servers = list(servers)
         self._config, self._plane_name, self._timeout_s = config, plane, timeout_s
+        self._in_flight, self._strict = in_flight, strict
         self._make_memory_plane = make_memory_plane
         self._name = f"{socket.gethostname()}-{secrets.token_hex(4)}"
         self._pool = ThreadPoolExecutor(max_workers=len(self._servers), thread_name_prefix="fp8sync-control")
@@ -163,10 +167,43 @@ class Fleet:
             time.sleep(pause)  # every question is a message through the event loop of a busy server
             pause = min(2 * pause, _LONGEST_POLL_S)
 
-    def commit(self) -> None:
-        """Publish on every server. Raises: CommitError: names the servers that did and those that did not."""
-        message = wire.Commit(session=self._session, version=self._version, drain_s=self._timeout_s)
-        outcomes = self._try_each([message] * len(self._servers), self._timeout_s + _CONTROL_TIMEOUT_S)
+    def commit(self) -> float:
+        """Publish on every server; the seconds between the first and the last that said so, as seen from here.
+
+        With `strict` no server admits a request before all have answered, and none commits unless all have said that
+        they can. Raises: CommitError: names the servers that committed and those that did not.
+        """
+        commit = wire.Commit(
+            session=self._session,
+            version=self._version,
+            drain_s=self._timeout_s,
+            in_flight=self._in_flight,
+            held=self._strict,
+        )
+        if not self._strict:
+            return self._commit_all(commit)
+        try:
+            self._hold()
+            return self._commit_all(commit)
+        finally:
+            release = wire.Release(session=self._session, version=self._version)
+            self._try_each([release] * len(self._servers), _CONTROL_TIMEOUT_S)
+
+    def _hold(self) -> None:
+        hold = wire.Hold(
+            session=self._session,
+            version=self._version,
+            drain_s=self._timeout_s,
+            hold_s=self._timeout_s + 3 * _CONTROL_TIMEOUT_S,  # the others may drain for all of their time
+            in_flight=self._in_flight,
+        )
+        outcomes = self._try_each([hold] * len(self._servers), self._timeout_s + _CONTROL_TIMEOUT_S)
+        if errors := [outcome for outcome in outcomes if isinstance(outcome, Exception)]:
+            raise errors[0]
+
+    def _commit_all(self, commit: wire.Commit) -> float:
+        answered: dict[str, float] = {}
+        outcomes = self._try_each([commit] * len(self._servers), self._timeout_s + _CONTROL_TIMEOUT_S, answered)
         failed = {name: found for name, found in zip(self.names, outcomes, strict=True) if isinstance(found, Exception)}
         if len(failed) == len(outcomes) == 1:
             raise next(iter(failed.values()))
@@ -174,6 +211,7 @@ class Fleet:
             done = [name for name in self.names if name not in failed]
             raise CommitError(f"version {self._version} is served by {done or 'no server'} but not by: {failed}")
         self._newest = self._version
+        return max(answered.values()) - min(answered.values())
 
     def fail(self, reason: BaseException) -> None:
         """After any failure: every server forgets the push, and the next push opens a new session."""
@@ -216,14 +254,19 @@ class Fleet:
                 raise outcome
         return [outcome for outcome in outcomes if not isinstance(outcome, Exception)]
 
-    def _try_each(self, messages: Sequence[BaseModel], timeout_s: float) -> list[wire.Reply | Exception]:
-        """Ask all servers at the same time; an error takes the place of its reply."""
+    def _try_each(
+        self, messages: Sequence[BaseModel], timeout_s: float, answered: dict[str, float] | None = None
+    ) -> list[wire.Reply | Exception]:
+        """Ask all servers at the same time; an error takes the place of its reply. `answered`: when each replied."""
 
         def ask(server: ControlClient, message: BaseModel) -> wire.Reply | Exception:
             try:
                 return server.call(message, timeout_s)
             except Fp8SyncError as error:
                 return error
+            finally:
+                if answered is not None:
+                    answered[server.name] = time.monotonic()
 
         return list(self._pool.map(ask, self._servers, messages))
 

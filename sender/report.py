@@ -15,7 +15,8 @@ class PushReport(BaseModel):
     """The result of a push, the same on every rank. `seconds` are those of rank 0, by phase, and `total`.
 
     `bf16_bytes` is the model in 2-byte elements, `wire_bytes` what one receiver was sent (codes, scales, the tensors
-    that stay in BF16, alignment). `num_tensors` counts checkpoint tensors, scales not included.
+    that stay in BF16, alignment). `num_tensors` counts checkpoint tensors, scales not included. `skew_s` is the time
+    between the first and the last server that confirmed the commit, as rank 0 saw it; 0 with one server.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -27,6 +28,7 @@ class PushReport(BaseModel):
     bf16_bytes: int
     wire_bytes: int
     seconds: dict[str, float]
+    skew_s: float
     servers: tuple[str, ...]
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
+from typing import get_args
 
 import torch
 from torch import nn
@@ -30,7 +31,7 @@ from sender.report import PhaseClock, PushReport
 from sender.source import ModuleSource, Shard, ShardSource, WeightSource
 from shared.buckets import DEFAULT_BUCKET_BYTES, Bucket
 from shared.errors import ConfigError, Fp8SyncError
-from shared.protocol import FP8BlockConfig, PlaneName
+from shared.protocol import FP8BlockConfig, InFlight, PlaneName
 
 
 class FP8Sender:
@@ -43,6 +44,10 @@ class FP8Sender:
         bucket_bytes: size of the flat buckets that are sent.
         meeting_timeout_s: how long ranks wait for each other before a push; then `RankMissingError`.
         timeout_s: how long a push may take on the servers, from its first message to its commit.
+        in_flight: what a commit does to requests under way. `wait` lets them end, `retract` puts them back and they
+            start over on the new weights from what they have generated so far, `abort` ends them.
+        strict: of several servers none commits unless all have drained and said that they can, and none admits a
+            request before all have committed.
         plane: the data plane, `gloo`; `memory` is for tests in one process.
         ca_file: certificates (PEM) that `https` servers are checked against, in place of the system's.
     """
@@ -56,6 +61,8 @@ class FP8Sender:
         bucket_bytes: int = DEFAULT_BUCKET_BYTES,
         meeting_timeout_s: float = 60.0,
         timeout_s: float = 300.0,
+        in_flight: InFlight = "wait",
+        strict: bool = False,
         plane: PlaneName = "gloo",
         ca_file: str | None = None,
     ) -> None:
@@ -69,10 +76,13 @@ class FP8Sender:
         self._patience_s = longest_push_s(timeout_s)  # the other ranks wait for rank 0, all of its deadlines added up
         self._ranks = TrainerRanks(meeting_timeout_s)
         clients = [HttpControl(s, admin_key, ca_file) if isinstance(s, str) else s for s in servers]
-        self._fleet = Fleet(clients, self._config, plane, timeout_s)
+        if in_flight not in get_args(InFlight):
+            raise ConfigError(f"in_flight={in_flight!r}: it is one of {list(get_args(InFlight))}")
+        self._fleet = Fleet(clients, self._config, plane, timeout_s, in_flight=in_flight, strict=strict)
         self._planned: PushPlan | None = None
         self._packer: Packer | None = None
         self._newest = self._version = 0
+        self._skew_s = 0.0
         self._pending: PushHandle | None = None
 
     # The interface
@@ -163,7 +173,7 @@ class FP8Sender:
             lead.run(self._check_finite)
             lead.run(self._fleet.verify)
         with clock.phase("commit"):
-            lead.run(self._fleet.commit)
+            self._skew_s = lead.run(self._fleet.commit) or 0.0
 
     def _transfer(
         self, plan: PushPlan, lead: Lead, clock: PhaseClock, snapshot: list[torch.Tensor], version: int | None
@@ -249,6 +259,7 @@ class FP8Sender:
                 bf16_bytes=plan.bf16_bytes,
                 wire_bytes=plan.layout.num_bytes,
                 seconds=clock.seconds(),
+                skew_s=self._skew_s,
                 servers=self._fleet.names,
             ).model_dump_json()
         return PushReport.model_validate_json(lead.finish(report, self._patience_s, self._fail))

@@ -8,7 +8,9 @@ Order of messages in the life of a sender (S = sender, rank 0 of the trainer; R 
     every push    S -> R  Begin               version v comes now (R receives in the background and keeps serving)
                   S => R  flat uint8 buckets  on the data plane
                   S -> R  Verify              these are the digests; R compares and is STAGED
+                  S -> R  Hold                strict only: let no request run until Release
                   S -> R  Commit              copy in place, publish v
+                  S -> R  Release             strict only: every server has answered its Commit, go on
                   S -> R  Abort               instead of Verify or Commit: forget v, keep serving what you have
     at the end    S -> R  Close
 
@@ -25,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from shared.errors import ConfigError, IncompatibleServerError
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MIN_SGLANG_VERSION = "0.5.16"
 CONTROL_PATH, INFO_PATH = "/fp8sync/control", "/fp8sync/info"
 LONGEST_DEADLINE_S = 24 * 3600.0
@@ -33,6 +35,8 @@ LONGEST_DEADLINE_S = 24 * 3600.0
 DTypeName = Literal["bfloat16", "float16", "float32", "float8_e4m3fn"]
 PlaneName = Literal["gloo", "memory"]
 ServerState = Literal["FENCED", "SERVING", "RECEIVING", "STAGED"]
+# What a commit does to requests under way: let them end, put them back and compute their prompts anew, or end them.
+InFlight = Literal["wait", "retract", "abort"]
 
 
 Seconds = Annotated[float, Field(gt=0, le=LONGEST_DEADLINE_S, allow_inf_nan=False)]
@@ -156,18 +160,40 @@ class Verify(_Wire):
 
 
 class Commit(_Wire):
+    """`held`: a Hold went before, so that no request runs already; without it the commit drains by `in_flight`."""
+
     kind: Literal["commit"] = "commit"
     session: str
     version: int
     drain_s: Seconds
+    in_flight: InFlight = "wait"
+    held: bool = False
+
+
+class Hold(_Wire):
+    """Drain within `drain_s`, say whether Commit would succeed, and admit nothing until Release or for `hold_s`."""
+
+    kind: Literal["hold"] = "hold"
+    session: str
+    version: int
+    drain_s: Seconds
+    hold_s: Seconds
+    in_flight: InFlight
+
+
+class Release(_Wire):
+    kind: Literal["release"] = "release"
+    session: str
+    version: int
 
 
 class Prepare(_Wire):
-    """Would Commit succeed now? A server with several replicas asks all of them before it commits on any."""
+    """Would Commit succeed now, and for `hold_s` from now? Asked before a commit that others take part in."""
 
     kind: Literal["prepare"] = "prepare"
     session: str
     version: int
+    hold_s: Seconds = 60.0
 
 
 class Abort(_Wire):
@@ -189,7 +215,8 @@ class Probe(_Wire):
 
 
 ControlMessage = Annotated[
-    Describe | Offer | Open | Begin | Verify | Prepare | Commit | Abort | Close | Probe, Field(discriminator="kind")
+    Describe | Offer | Open | Begin | Verify | Prepare | Hold | Commit | Release | Abort | Close | Probe,
+    Field(discriminator="kind"),
 ]
 
 

@@ -67,8 +67,11 @@ class Replicas:
         return tuple(replies)
 
     @asynccontextmanager
-    async def drained(self) -> AsyncIterator[None]:
+    async def drained(self, in_flight: protocol.InFlight) -> AsyncIterator[None]:
         yield
+
+    def abort_all(self) -> None:
+        """No request ever runs here."""
 
     def publish(self, version: int) -> None:
         self.published = version

@@ -169,7 +169,8 @@ def test_parameters_are_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_older_releases_are_not_asked_for_newer_names(monkeypatch: pytest.MonkeyPatch) -> None:
     name = "sglang.srt.managers.scheduler.Scheduler.record_weight_version_change"
-    monkeypatch.setattr("sglang.srt.managers.scheduler.Scheduler", type("Scheduler", (), {"flush_cache": flush}))
+    older = type("Scheduler", (), {"flush_cache": flush, "is_fully_idle": flush})
+    monkeypatch.setattr("sglang.srt.managers.scheduler.Scheduler", older)
     assert missing_names("0.5.16") == []
     assert name in missing_names("0.5.19") and name in missing_names("0.6.0")
 

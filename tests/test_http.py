@@ -62,13 +62,16 @@ class FakeChannel:
         return (protocol.Reply(state=state, version=self.version, fence=self.fence, error=error),)
 
     @asynccontextmanager
-    async def drained(self) -> AsyncIterator[None]:
+    async def drained(self, in_flight: protocol.InFlight) -> AsyncIterator[None]:
         await asyncio.sleep(self.drain_s)
         self.events.append("drained")
         try:
             yield
         finally:
             self.events.append("admitting")
+
+    def abort_all(self) -> None:
+        self.events.append("abort all")
 
     def publish(self, version: int) -> None:
         self.events.append(f"publish {version}")
@@ -182,7 +185,7 @@ def refusing(error: Exception, kind: str | None = None) -> Callable[[Any], proto
         b'{"kind":"close"}',
         b'{"kind":"close","session":"s","extra":1}',
         b'{"kind":"close","session":7}',
-        b'{"kind":"describe","protocol":2}',
+        b'{"kind":"describe","protocol":3}',
     ],
 )
 def test_what_is_no_message_goes_nowhere(body: bytes) -> None:
@@ -318,7 +321,7 @@ def test_a_commit_that_is_cut_off_is_asked_after(error: BaseException) -> None:
 
     server.channel.on_message = cut_off
     with pytest.raises(type(error)):
-        asyncio.run(server.control._commit(COMMIT))
+        asyncio.run(server.control._door.commit(COMMIT))
     with pytest.raises(HTTPException, match="cut off"):
         server.control.refuse_if_fenced()
     response = server.client.post("/generate")

@@ -1,0 +1,154 @@
+"""The door of a server: a commit finds no request at work, because none is admitted while it is shut.
+
+    Commit                          shut, commit, open
+    Hold ... Commit ... Release     the same in three messages: with `strict`, no server opens before all have answered
+
+Requests under way when it shuts end first (`wait`), are put back and start over from their prompt and what they have
+generated (`retract`), or are ended (`abort`). In each case no KV cache of the old weights is left.
+
+A hold that its sender forgets ends by itself. Nothing here knows SGLang: `Channel.drained` does the work.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from shared import protocol as wire
+from shared.errors import Fp8SyncError
+
+logger = logging.getLogger(__name__)
+
+_DRAIN_POLL_S = 0.01
+
+
+class Drains(Protocol):
+    """What the door needs of the way to the schedulers (`receiver_plugin.http.Channel`)."""
+
+    num_replicas: int
+
+    def drained(self, in_flight: wire.InFlight) -> Any:
+        """An async context manager: no request runs and none is admitted inside it."""
+
+    def abort_all(self) -> None:
+        """End every request that the schedulers have."""
+
+
+@dataclass
+class _Held:
+    session: str
+    version: int
+    opening: AsyncExitStack
+    timer: asyncio.Task[None]
+
+
+class Door:
+    """`ask` sends a message to the schedulers and never raises; `fenced` says whether requests must be refused."""
+
+    def __init__(
+        self, channel: Drains, ask: Callable[[Any], Awaitable[wire.Reply]], fenced: Callable[[], bool]
+    ) -> None:
+        self._channel, self._ask, self._fenced = channel, ask, fenced
+        self._held: _Held | None = None
+
+    async def commit(self, message: wire.Commit) -> wire.Reply:
+        """Of several replicas none commits before all have said that they can."""
+        if message.held:
+            if self._is_held_for(message.session, message.version):
+                return await self._ask(message)
+            return await self._failed("its door is not held for this version, or no longer; nothing was touched")
+
+        async def commit(deadline: float) -> wire.Reply:
+            if self._channel.num_replicas > 1:
+                reply = await self._ask_until_idle(_prepare(message), deadline)
+                if reply.error is not None:
+                    return reply
+            return await self._ask_until_idle(message, deadline)
+
+        async with AsyncExitStack() as opening:
+            return await self._shut(opening, message, commit)
+
+    async def hold(self, message: wire.Hold) -> wire.Reply:
+        """Shut the door and keep it shut, if the schedulers say that they could commit."""
+        if self._held is not None:
+            return await self._failed(f"its door is held for version {self._held.version}; nothing was touched")
+        async with AsyncExitStack() as opening:
+            reply = await self._shut(
+                opening, message, lambda deadline: self._ask_until_idle(_prepare(message), deadline)
+            )
+            if reply.error is None:
+                timer = asyncio.create_task(self._end_in_time(message))
+                self._held = _Held(message.session, message.version, opening.pop_all(), timer)
+            return reply
+
+    async def release(self, session: str, version: int | None = None) -> None:
+        """Open the door if it is held for `session` (and `version`); otherwise nothing. Idempotent."""
+        held = self._held
+        if held is None or held.session != session or version not in (None, held.version):
+            return
+        self._held = None
+        held.timer.cancel()
+        await held.opening.aclose()
+
+    def _is_held_for(self, session: str, version: int) -> bool:
+        return self._held is not None and (self._held.session, self._held.version) == (session, version)
+
+    async def _end_in_time(self, message: wire.Hold) -> None:
+        await asyncio.sleep(message.hold_s)
+        held, self._held = self._held, None
+        if held is not None:
+            logger.warning("fp8sync: version %d was held for %.0f s and not released", held.version, message.hold_s)
+            await held.opening.aclose()
+
+    async def _shut(
+        self,
+        opening: AsyncExitStack,
+        message: wire.Commit | wire.Hold,
+        then: Callable[[float], Awaitable[wire.Reply]],
+    ) -> wire.Reply:
+        """The reply of `then`, called with the door shut; closing `opening` opens it."""
+        deadline = time.monotonic() + message.drain_s
+        try:
+            async with asyncio.timeout(message.drain_s) as draining:
+                await opening.enter_async_context(self._shut_off(message.in_flight))
+                draining.reschedule(None)  # a commit that was sent is waited for: cut off, nobody knew what it did
+                return await then(deadline)
+        except TimeoutError:
+            text = f"requests were still running after {message.drain_s:.0f} s (timeout_s)"
+        except Fp8SyncError as error:
+            text = str(error)
+        return await self._failed(f"{text}; nothing was touched")
+
+    @asynccontextmanager
+    async def _shut_off(self, in_flight: wire.InFlight) -> AsyncIterator[None]:
+        async with self._channel.drained(in_flight):
+            try:
+                yield
+            finally:
+                if in_flight == "retract" and self._fenced():
+                    self._channel.abort_all()  # what was put back would start over, on weights not to be served
+
+    async def _ask_until_idle(self, message: Any, deadline: float) -> wire.Reply:
+        reply = await self._ask(message)
+        while _still_running(reply) and time.monotonic() < deadline:
+            await asyncio.sleep(_DRAIN_POLL_S)
+            reply = await self._ask(message)
+        return reply
+
+    async def _failed(self, text: str) -> wire.Reply:
+        error = wire.WireError(kind="CommitError", message=text)
+        return (await self._ask(wire.Describe())).model_copy(update={"error": error, "info": None})
+
+
+def _prepare(message: wire.Commit | wire.Hold) -> wire.Prepare:
+    prepare = wire.Prepare(session=message.session, version=message.version)
+    return prepare if isinstance(message, wire.Commit) else prepare.model_copy(update={"hold_s": message.hold_s})
+
+
+def _still_running(reply: wire.Reply) -> bool:
+    return reply.error is not None and reply.error.kind == "ServerBusyError"

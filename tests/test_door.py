@@ -1,0 +1,183 @@
+"""`receiver_plugin/door.py`: when requests are kept out for a commit; the door opens again whatever happens."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from receiver_plugin.door import Door
+from shared import protocol
+from shared.errors import PushError
+
+COMMIT = protocol.Commit(session="s", version=4, drain_s=5.0)
+HELD = COMMIT.model_copy(update={"held": True})
+HOLD = protocol.Hold(session="s", version=4, drain_s=5.0, hold_s=5.0, in_flight="wait")
+
+
+class Schedulers:
+    """What lies behind a door: notes what happens, and refuses what `refused` names."""
+
+    num_replicas = 1
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+        self.refused: dict[str, str] = {}  # kind of message -> kind of error
+        self.fenced = False
+        self.drain_s = 0.0
+        self.drain_error: Exception | None = None
+        self.door = Door(self, self.ask, lambda: self.fenced)
+
+    async def ask(self, message: Any) -> protocol.Reply:
+        self.events.append(message.kind)
+        kind = self.refused.get(message.kind)
+        error = None if kind is None else protocol.WireError(kind=kind, message="why")
+        return protocol.Reply(state="STAGED", version=3, fence=None, error=error)
+
+    @asynccontextmanager
+    async def drained(self, in_flight: protocol.InFlight) -> AsyncIterator[None]:
+        if self.drain_error is not None:
+            raise self.drain_error
+        await asyncio.sleep(self.drain_s)
+        self.events.append(f"shut ({in_flight})")
+        try:
+            yield
+        finally:
+            self.events.append("open")
+
+    def abort_all(self) -> None:
+        self.events.append("abort all")
+
+
+def run(steps: Callable[[Schedulers], Awaitable[Any]]) -> tuple[Any, list[str]]:
+    schedulers = Schedulers()
+
+    async def all_steps() -> Any:
+        return await steps(schedulers)
+
+    return asyncio.run(all_steps()), schedulers.events
+
+
+def test_a_commit_shuts_and_opens() -> None:
+    reply, events = run(lambda schedulers: schedulers.door.commit(COMMIT))
+    assert reply.error is None and events == ["shut (wait)", "commit", "open"]
+
+
+def test_strict_holds_from_hold_to_release() -> None:
+    async def steps(schedulers: Schedulers) -> None:
+        door = schedulers.door
+        assert (await door.hold(HOLD)).error is None
+        assert (await door.commit(HELD)).error is None
+        schedulers.events.append("others")
+        await door.release("s", 4)
+        await door.release("s", 4)
+
+    _, events = run(steps)
+    assert events == ["shut (wait)", "prepare", "commit", "others", "open"]
+
+
+def test_a_hold_that_the_schedulers_refuse_opens_at_once() -> None:
+    async def steps(schedulers: Schedulers) -> protocol.Reply:
+        schedulers.refused["prepare"] = "TransferError"
+        return await schedulers.door.hold(HOLD)
+
+    reply, events = run(steps)
+    assert reply.error is not None and reply.error.kind == "TransferError"
+    assert events == ["shut (wait)", "prepare", "open"]
+
+
+def test_a_hold_that_nobody_releases_ends_by_itself() -> None:
+    async def steps(schedulers: Schedulers) -> protocol.Reply:
+        await schedulers.door.hold(HOLD.model_copy(update={"hold_s": 0.05}))
+        await asyncio.sleep(0.2)
+        return await schedulers.door.commit(HELD)
+
+    reply, events = run(steps)
+    assert events == ["shut (wait)", "prepare", "open", "describe"]
+    assert reply.error is not None and "no longer; nothing was touched" in reply.error.message
+
+
+@pytest.mark.parametrize("other", [{"session": "t"}, {"version": 5}])
+def test_only_its_own_commit_may_use_a_hold(other: dict[str, Any]) -> None:
+    async def steps(schedulers: Schedulers) -> protocol.Reply:
+        await schedulers.door.hold(HOLD)
+        reply = await schedulers.door.commit(HELD.model_copy(update=other))
+        await schedulers.door.release("s")
+        return reply
+
+    reply, events = run(steps)
+    assert reply.error is not None and "commit" not in events and events[-1] == "open"
+
+
+def test_a_release_of_others_opens_nothing() -> None:
+    async def steps(schedulers: Schedulers) -> None:
+        await schedulers.door.hold(HOLD)
+        await schedulers.door.release("t")
+        await schedulers.door.release("s", 3)
+        assert "open" not in schedulers.events
+        await schedulers.door.release("s")
+
+    assert run(steps)[1][-1] == "open"
+
+
+def test_a_second_hold_is_refused() -> None:
+    async def steps(schedulers: Schedulers) -> protocol.Reply:
+        await schedulers.door.hold(HOLD)
+        reply = await schedulers.door.hold(HOLD)
+        await schedulers.door.release("s")
+        return reply
+
+    reply, _ = run(steps)
+    assert reply.error is not None and "held for version 4" in reply.error.message
+
+
+@pytest.mark.parametrize("call", ["commit", "hold"])
+def test_requests_that_do_not_end_leave_all_as_it_was(call: str) -> None:
+    async def steps(schedulers: Schedulers) -> protocol.Reply:
+        schedulers.drain_s = 1.0
+        message = (COMMIT if call == "commit" else HOLD).model_copy(update={"drain_s": 0.05})
+        reply: protocol.Reply = await getattr(schedulers.door, call)(message)
+        return reply
+
+    reply, events = run(steps)
+    assert reply.error is not None and "still running" in reply.error.message
+    assert "nothing was touched" in reply.error.message and events == ["describe"]
+
+
+def test_what_keeps_it_from_draining_is_told() -> None:
+    async def steps(schedulers: Schedulers) -> protocol.Reply:
+        schedulers.drain_error = PushError("generation is paused")
+        return await schedulers.door.commit(COMMIT)
+
+    reply, _ = run(steps)
+    assert reply.error is not None and reply.error.message == "generation is paused; nothing was touched"
+
+
+@pytest.mark.parametrize(("in_flight", "aborted"), [("wait", False), ("retract", True), ("abort", False)])
+def test_requests_that_were_put_back_do_not_start_over_on_a_fenced_server(
+    in_flight: protocol.InFlight, aborted: bool
+) -> None:
+    async def steps(schedulers: Schedulers) -> None:
+        schedulers.fenced = True
+        await schedulers.door.commit(COMMIT.model_copy(update={"in_flight": in_flight}))
+
+    assert ("abort all" in run(steps)[1]) == aborted
+
+
+def test_a_cancelled_commit_opens_the_door() -> None:
+    async def steps(schedulers: Schedulers) -> None:
+        async def hang(message: Any) -> protocol.Reply:
+            await asyncio.sleep(10.0)
+            raise AssertionError
+
+        door = Door(schedulers, hang, lambda: False)
+        task = asyncio.create_task(door.hold(HOLD))
+        await asyncio.sleep(0.05)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    assert run(steps)[1] == ["shut (wait)", "open"]
