@@ -259,7 +259,7 @@ def main():
         assert all(reply["output_ids"] == tokens[reply["meta_info"]["weight_version"]] for reply in before)
 
         export_checkpoint(make_model(5, **CHANGES), Path(sys.argv[1]) / "checkpoint", hf_config=hf_config(**CHANGES))
-        ok, message, *_ = engine.update_weights_from_disk(str(Path(sys.argv[1]) / "checkpoint"))
+        ok, message, *_ = engine.update_weights_from_disk(str(Path(sys.argv[1]) / "checkpoint"), "safetensors")
         assert ok, message
         assert "UpdateWeightFromDisk" in expect(errors.ServerFencedError, ask)
         assert sender.push(make_model(2, **CHANGES)).version == 4
