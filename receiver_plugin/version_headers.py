@@ -6,8 +6,8 @@
     replies    `Passage.reply`, where each part of an answer comes back: asked once more, and the end is noted
     out        `VersionHeaders` puts start and end on the reply, or a refusal in its place
 
-The passage of a request goes with it in a context variable. The start of a reply is held back until its first bytes are
-there: SGLang starts an event stream before the request has left, and a refusal would come too late for its status.
+The passage of a request goes with it in a context variable. The start of a reply is held back: SGLang starts an event
+stream, and may send its first events, before the request has left. A refusal would come too late for its status.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Protocol
 
-from starlette.datastructures import MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 
 from receiver_plugin.http import route_path, runs_the_model
@@ -27,6 +27,7 @@ from shared.versions import END_HEADER, START_HEADER, Demand, end_comment
 
 _LABEL_ROUTE = "/update_weight_version"
 _RETRY_S = 1
+_MOST_HELD_BYTES = 64 << 10
 _Scope = MutableMapping[str, Any]
 _App = Callable[[_Scope, Any, Any], Awaitable[None]]
 _passage: ContextVar[Passage | None] = ContextVar("fp8sync_passage", default=None)
@@ -118,12 +119,12 @@ class VersionHeaders:
 
 
 class _Out:
-    """The reply of one request on its way out."""
+    """The reply of one request on its way out; held back until its versions, or its refusal, can be known."""
 
     def __init__(self, passage: Passage, demanded: bool, scope: _Scope, receive: Any, send: Any) -> None:
         self._passage, self._demanded = passage, demanded
         self._scope, self._receive, self._send = scope, receive, send
-        self._held: dict[str, Any] | None = None  # the start of the reply, until its first bytes are there
+        self._held: list[dict[str, Any]] = []
         self._started = self._refused = self._commented = False
 
     async def run(self, app: _App) -> None:
@@ -135,35 +136,54 @@ class _Out:
             await self._put_refusal(self._passage.refusal)
 
     async def _on_message(self, message: dict[str, Any]) -> None:
-        if message["type"] == "http.response.start":
-            self._held = message
-            return
-        if not self._started and self._passage.refusal is not None:
-            await self._put_refusal(self._passage.refusal)
         if self._refused:
             return
-        await self._start()
+        if self._started:
+            await self._pass(message)
+            return
+        self._held.append(message)
+        if self._passage.refusal is not None:
+            await self._put_refusal(self._passage.refusal)
+        elif not self._has_to_wait():
+            await self._start()
+
+    def _has_to_wait(self) -> bool:
+        """For the first bytes; and of an event stream for those that come after its request has left, if any do."""
+        start, *parts = self._held
+        if not parts:
+            return True
+        if self._passage.start is not None or self._scope["method"] != "POST" or not _has_events(start):
+            return False
+        num_bytes = sum(len(part.get("body", b"")) for part in parts)
+        return bool(parts[-1].get("more_body", False)) and num_bytes < _MOST_HELD_BYTES
+
+    async def _start(self) -> None:
+        start, *parts = self._held
+        self._held, self._started = [], True
+        headers = MutableHeaders(raw=[*start.get("headers", ())])
+        if self._passage.start is not None:
+            headers[START_HEADER] = str(self._passage.start)
+        if "content-length" in headers and self._passage.end is not None:  # else more may come from the model
+            headers[END_HEADER] = str(self._passage.end)
+        self._commented = self._demanded and _has_events(start)
+        await self._send({**start, "headers": headers.raw})
+        for part in parts:
+            await self._pass(part)
+
+    async def _pass(self, message: dict[str, Any]) -> None:
         if self._commented and not message.get("more_body", False) and self._passage.end is not None:
             comment = f"{end_comment(self._passage.end)}\n\n".encode()
             message = {**message, "body": message.get("body", b"") + comment}
         await self._send(message)
 
-    async def _start(self) -> None:
-        if self._held is None:
-            return
-        message, self._held, self._started = self._held, None, True
-        headers = MutableHeaders(raw=message.setdefault("headers", []))
-        if self._passage.start is not None:
-            headers[START_HEADER] = str(self._passage.start)
-        if "content-length" in headers and self._passage.end is not None:  # else more may come from the model
-            headers[END_HEADER] = str(self._passage.end)
-        events = headers.get("content-type", "").startswith("text/event-stream")
-        self._commented = self._demanded and events and "content-length" not in headers
-        await self._send({**message, "headers": headers.raw})
-
     async def _put_refusal(self, refusal: Response) -> None:
         self._started = self._refused = True
         await refusal(self._scope, self._receive, self._send)
+
+
+def _has_events(start: dict[str, Any]) -> bool:
+    headers = Headers(raw=[*start.get("headers", ())])
+    return headers.get("content-type", "").startswith("text/event-stream") and "content-length" not in headers
 
 
 def mismatch(demand: Demand, served: int) -> Response:

