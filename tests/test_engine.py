@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from examples.local_server import _clean_environment
 from receiver_plugin import sglang_requests
 from receiver_plugin.engine import EngineControl, requires_version
 from receiver_plugin.http import Control
@@ -288,6 +290,5 @@ def test_a_real_engine(tmp_path: Path) -> None:
 
 
 def environment() -> dict[str, str]:
-    from examples.local_server import _clean_environment
-
-    return {**_clean_environment(), "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    return {**_clean_environment(), "PYTHONPATH": path}
