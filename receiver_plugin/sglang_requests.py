@@ -72,12 +72,24 @@ async def generate(original: Any, manager: Any, *args: Any, **kwargs: Any) -> As
             control.refuse_if_fenced()
         async with aclosing(original(manager, *args, **kwargs)) as parts:
             async for part in parts:
-                passage.reply(control.version)  # before SGLang lets go of its lock
+                passage.reply(_version_of(part, control))  # before SGLang lets go of its lock
                 yield part
     except FencedError as error:
         if has_gate:
             raise
         raise ServerFencedError(error.detail) from error
+
+
+def _version_of(part: Any, control: Control) -> int:
+    """That of the last token in `part`: a commit that lets requests run may be done before all replicas have said so.
+
+    From 0.5.19 on SGLang says which tokens came of which version. A reply to several prompts is a list.
+    """
+    if (coming := control.coming) is None:
+        return control.version
+    replies = part if isinstance(part, list) else [part]
+    spans = [span for reply in replies for span in reply["meta_info"].get("weight_versions", ())]
+    return coming if any(span["version"] == str(coming) for span in spans) else control.version
 
 
 def send(original: Any, manager: Any, *args: Any, **kwargs: Any) -> Any:

@@ -1,21 +1,16 @@
-"""`sgl.Engine` under the plugin: what is asked where; with a real one, pushes and demands in one process."""
+"""`sgl.Engine` under the plugin, with a fake engine: what is asked where, and in whose event loop."""
 
 from __future__ import annotations
 
 import asyncio
-import os
-import subprocess
-import sys
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from examples.local_server import _clean_environment
 from receiver_plugin import sglang_requests
 from receiver_plugin.engine import EngineControl, requires_version
 from receiver_plugin.http import Control
@@ -23,7 +18,6 @@ from sender.control import ControlClient
 from shared import errors, protocol
 from tests.test_http import FakeChannel
 
-ROOT = Path(__file__).resolve().parent.parent
 COMMIT = protocol.Commit(session="s", version=1, drain_s=5.0)
 
 
@@ -176,6 +170,29 @@ def test_an_answer_that_takes_too_long(attached: Attached) -> None:
     assert attached.client.call(protocol.Describe(), 5.0).error is None
 
 
+@pytest.mark.parametrize("many", [False, True])
+def test_tokens_of_a_commit_that_not_all_have_confirmed(attached: Attached, many: bool) -> None:
+    """A replica may serve the new version already while the answer of another one is waited for."""
+    attached.push(1)
+
+    async def two_parts(manager: FakeManager, request: Any) -> AsyncIterator[Any]:
+        sglang_requests.send(FakeManager._send_one_request, manager, request)
+        attached.client._control._coming = 2
+        for label in ("1", "2"):
+            reply = {"meta_info": {"weight_versions": [{"version": label, "start": 0, "end": 3}]}}
+            yield [reply, {"meta_info": {}}] if many else reply
+
+    async def ask() -> list[Any]:
+        return [part async for part in sglang_requests.generate(two_parts, attached.engine.tokenizer_manager, "a")]
+
+    with requires_version(minimum=1) as versions:
+        assert len(attached.engine.loop.run_until_complete(ask())) == 2
+    assert (versions.start, versions.end) == (1, 2)
+    overtaken = pytest.raises(errors.VersionMismatchError, match="exactly version 1; version 2 is served")
+    with overtaken, requires_version(exact=1):
+        attached.engine.loop.run_until_complete(ask())
+
+
 @asynccontextmanager
 async def held(lock: asyncio.Lock) -> AsyncIterator[None]:
     async with lock:
@@ -197,98 +214,3 @@ def test_the_lock_is_let_go_when_one_part_is_taken(attached: Attached) -> None:
         await asyncio.wait_for(lock.acquire(), 5.0)
 
     attached.engine.loop.run_until_complete(ask())
-
-
-# A real engine
-
-ENGINE = """
-import asyncio, sys
-from pathlib import Path
-import torch
-from examples.local_server import CPU_ARGS
-from examples.tiny_qwen3 import hf_config, make_model, write_config
-from receiver_plugin import engine as fp8
-from sender import FP8BlockConfig, FP8Sender, export_checkpoint
-from shared import errors
-from shared.launch import sglang_fp8_args
-from tests.server_fixtures import CHANGES
-
-def expect(kind, call):
-    try:
-        call()
-    except kind as error:
-        return str(error)
-    raise AssertionError(f"no {kind.__name__}")
-
-def main():
-    folder = write_config(Path(sys.argv[1]) / "no_weights", **CHANGES)
-    control = fp8.start(sglang_fp8_args(str(folder), FP8BlockConfig(), user_args=CPU_ARGS))
-    engine, sampling = control.engine, {"temperature": 0.0, "max_new_tokens": 6, "ignore_eos": True}
-    ask = lambda **more: engine.generate(input_ids=[1, 2, 3], sampling_params=sampling, **more)
-    assert "--load-format dummy" in expect(errors.ServerFencedError, ask)
-    with FP8Sender([control], timeout_s=60.0) as sender:
-        assert sender.push(make_model(1, **CHANGES)).version == 1
-        first = ask()
-        assert first["meta_info"]["weight_version"] == "1", first
-        with fp8.requires_version(minimum=2) as versions:
-            assert "version 1 is served" in expect(errors.VersionMismatchError, ask)
-            batch = lambda: engine.generate(input_ids=[[1, 2], [3, 4]], sampling_params=sampling)
-            assert "version 1 is served" in expect(errors.VersionMismatchError, batch)
-            assert "version 1 is served" in expect(errors.VersionMismatchError, lambda: list(ask(stream=True)))
-            assert versions.start is None
-        with fp8.requires_version(exact=1) as versions:
-            assert ask()["output_ids"] == first["output_ids"]
-        assert (versions.start, versions.end) == (1, 1)
-        assert sender.push(make_model(2, **CHANGES)).version == 2
-        with fp8.requires_version(minimum=2) as versions:
-            chunks = list(ask(stream=True))
-        assert (versions.start, versions.end) == (2, 2) and chunks[-1]["meta_info"]["weight_version"] == "2"
-        second = ask()
-        assert second["output_ids"] != first["output_ids"]
-
-        async def together():
-            replies = [asyncio.create_task(engine.async_generate(input_ids=[1, 2, 3], sampling_params=sampling))
-                       for _ in range(4)]
-            report = await asyncio.to_thread(sender.push, make_model(1, **CHANGES))
-            with fp8.requires_version(exact=3) as versions:
-                after = await engine.async_generate(input_ids=[1, 2, 3], sampling_params=sampling)
-            return report, await asyncio.gather(*replies), after
-
-        report, before, after = engine.loop.run_until_complete(together())
-        assert report.version == 3 and after["output_ids"] == first["output_ids"]
-        assert after["meta_info"]["weight_version"] == "3"
-        tokens = {"2": second["output_ids"], "3": first["output_ids"]}
-        assert all(reply["output_ids"] == tokens[reply["meta_info"]["weight_version"]] for reply in before)
-
-        export_checkpoint(make_model(5, **CHANGES), Path(sys.argv[1]) / "checkpoint", hf_config=hf_config(**CHANGES))
-        ok, message, *_ = engine.update_weights_from_disk(str(Path(sys.argv[1]) / "checkpoint"), "safetensors")
-        assert ok, message
-        assert "UpdateWeightFromDisk" in expect(errors.ServerFencedError, ask)
-        assert sender.push(make_model(2, **CHANGES)).version == 4
-        assert ask()["output_ids"] == second["output_ids"]
-    engine.shutdown()
-    print("the engine did all that")
-
-if __name__ == "__main__":
-    main()
-"""
-
-
-@pytest.mark.server
-def test_a_real_engine(tmp_path: Path) -> None:
-    script = tmp_path / "engine.py"
-    script.write_text(ENGINE)
-    done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path)],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0 and "the engine did all that" in done.stdout, done.stderr[-6000:]
-
-
-def environment() -> dict[str, str]:
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    return {**_clean_environment(), "PYTHONPATH": path}
