@@ -98,7 +98,7 @@ def trace(
             written.setdefault(fill.parameter, []).append(box)
     required, scales = required_names(model) - set(derived.buffers), []
     if scales_follow:
-        scales = follow(placed, shapes, held, problems)
+        scales = follow(placed, {fill.parameter for fill in recorder.fills}, shapes, held, problems)
         required -= {scale_name(name) for name in written}  # covered as their codes are, or named
     problems += _coverage_problems(held, required, written)
     return BindingPlan(

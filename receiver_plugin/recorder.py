@@ -183,10 +183,13 @@ class Recorder(TorchDispatchMode):
         parameter = self._parameter_of.get(_storage(target))
         if parameter is None:
             return False
+        if target.dtype != self._parameters[parameter].dtype or source.is_neg() or source.is_conj():
+            return False
         if target.numel() and source.shape != target.shape:
             source = source.expand(target.shape)
         window = self._view_of(parameter, target)
-        if (name := self._source_of.get(_storage(source))) is not None:
+        name = self._source_of.get(_storage(source))
+        if name is not None and source.dtype == self._tensors[name].dtype:
             if target.numel():  # nothing for a rank that holds none of a padded vocabulary's last rows
                 self.copies.append(Copy(name, _view(source), parameter, window))
             return True
@@ -215,8 +218,11 @@ class Recorder(TorchDispatchMode):
         return True
 
     def _scalar(self, part: Part) -> float:
-        """A number that stands for the one element of a source: it is looked for when a parameter is filled."""
-        marker = 2.0**200 * (1 + len(self._scalars) * 2.0**-40)
+        """A number that stands for the one element of a source: it is looked for when a parameter is filled.
+
+        Negative, of ordinary size and with all digits in use: what a loader computes of it is another number.
+        """
+        marker = -(1.2345678901234567 + len(self._scalars) * 2.0**-40)
         self._scalars[marker] = (part.source, part.view)
         return marker
 
@@ -225,9 +231,9 @@ class Recorder(TorchDispatchMode):
         storage = _storage(tensor)
         if (name := self._source_of.get(storage)) is not None:
             whole = tuple((0, length) for length in tensor.shape)
-            return [Part(name, _view(tensor), whole)]
+            return [Part(name, _view(tensor), whole)] if tensor.dtype == self._tensors[name].dtype else None
         made = self._assembled.get(storage)
-        return None if made is None else made.parts_of(tensor)
+        return None if made is None or tensor.dtype != made.tensor.dtype else made.parts_of(tensor)
 
     def _assemble(self, func: Any, args: Any, kwargs: Any) -> torch.Tensor | None:
         """A tensor that `func` makes of nothing but sources, value for value; its own meta tensor stands for it."""

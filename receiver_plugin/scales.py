@@ -27,15 +27,21 @@ class Placed(NamedTuple):
 
 
 def follow(
-    placed: list[Placed], shapes: Mapping[str, Shape], held: Mapping[str, torch.Tensor], problems: list[str]
+    placed: list[Placed],
+    filled: set[str],
+    shapes: Mapping[str, Shape],
+    held: Mapping[str, torch.Tensor],
+    problems: list[str],
 ) -> list[Copy]:
     """The copies of scales that belong to those of FP8 codes in `placed`.
 
     `shapes` are those of the sources, `held` the live parameters. What cannot be followed is added to `problems`, once
-    a parameter. Boxes of codes that are whole blocks, disjoint and cover a parameter do so for its scale as well.
+    a parameter; so are FP8 parameters in `filled`, because a constant comes without a scale. Boxes of codes that are
+    whole blocks, disjoint and cover a parameter do so for its scale as well.
     """
     found: list[Copy] = []
-    refused: dict[str, str] = {}
+    codes = (name for name in filled if held[name].dtype == torch.float8_e4m3fn)
+    refused = dict.fromkeys(codes, "the loader fills part of it with a constant, which has no block scale")
     targets = {copy.parameter for copy, _, _ in placed if held[copy.parameter].dtype == torch.float8_e4m3fn}
     scales = {name: _scale_of(name, held) for name in targets}
     parameter_shapes = {name: tuple(held[name].shape) for name in targets}

@@ -85,7 +85,10 @@ def _attach_receiver(result: Any, scheduler: Any) -> None:
         raise SystemExit(f"fp8sync: {error}") from error
     _keep_on_host = bool(scheduler.server_args.enable_weights_cpu_backup)
     model = scheduler.tp_worker.model_runner.model
-    engine, ranks = SglangEngine(scheduler, model), TpRanks(scheduler)
+    try:
+        engine, ranks = SglangEngine(scheduler, model), TpRanks(scheduler)
+    except IncompatibleServerError as error:
+        raise SystemExit(f"fp8sync: {error}") from error
     if block_size(model) is None:
         raise SystemExit("fp8sync: this model has no block-FP8 layers: start it as `python -m shared.launch` does")
     if reasons := engine.unsafe():

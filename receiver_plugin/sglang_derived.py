@@ -2,6 +2,7 @@
 
     MLA (DeepSeek and its kin)   `post_load_weights` splits kv_b_proj into w_kc and w_vc
     GemmaRMSNorm                 the buffer gemma_weight is weight + 1
+    routers of GLM-4, older ones the buffer _weight_fp32 is weight in fp32, made by the first forward
 
 Neither is in a checkpoint. A loader derives them at the end of a load; a push derives them right after its commit copy,
 by the same code, into the same memory. Whatever else a module keeps besides its parameters may be derived as well, by
@@ -35,6 +36,8 @@ class SglangDerived:
         self._model = model
         norms = [(name, m) for name, m in model.named_modules() if type(m).__name__ == "GemmaRMSNorm"]
         self._norms = [module for _, module in norms]
+        routers = (m for m in model.modules() if "_weight_fp32" in m._buffers and "weight" in m._parameters)
+        self._routers: list[Any] = list(routers)
         self.buffers = tuple(f"{name}.gemma_weight" for name, _ in norms)
         self._halves = [name for name, _ in plain_tensors(model) if name.rpartition(".")[2] in _MLA]
 
@@ -66,6 +69,9 @@ class SglangDerived:
         before = _addresses(self._model)
         for norm in self._norms:
             torch.add(norm.weight.data, 1.0, out=norm.gemma_weight)
+        for router in self._routers:
+            if router._weight_fp32 is not None:
+                router._weight_fp32.copy_(router.weight)
         for call in calls:
             call.run()
         after = _addresses(self._model)
@@ -92,6 +98,8 @@ def unknown_tensors(model: nn.Module) -> Iterator[str]:
             if leaf in _CONSTANTS or (leaf in _MLA and hasattr(layer, "kv_b_proj")):
                 continue
             if leaf == "gemma_weight" and type(layer).__name__ == "GemmaRMSNorm":
+                continue
+            if leaf == "_weight_fp32" and "weight" in layer._parameters:
                 continue
             if tensor.is_floating_point() and tensor.numel() > 1 and _storage(tensor) not in stored:
                 yield name

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
@@ -14,6 +16,10 @@ from receiver_plugin.binding import Derived
 from receiver_plugin.sglang_derived import SglangDerived, unknown_tensors
 from receiver_plugin.sglang_refusals import Backends, refused_copies, refused_layers
 from shared import protocol as wire
+from shared.errors import IncompatibleServerError
+
+# In newer releases, in older ones.
+_EMBEDDING_MODULES = ("sglang.srt.managers.mm_schedule", "sglang.srt.managers.mm_utils")
 
 
 def replica_of(scheduler: Any) -> int:
@@ -51,7 +57,8 @@ class SglangEngine:
         self.derived: Derived = SglangDerived(model)
         self._on_gpu = next(model.parameters()).is_cuda
         self._capability = _capability() if self._on_gpu else (0, 0)
-        self.placement()  # a release that keeps it elsewhere does not start
+        self.placement()  # releases that keep these elsewhere do not start
+        image_embeddings()
 
     def info(self, incarnation: str) -> wire.ServerInfo:
         from sglang.srt.layers.quantization.fp8_utils import get_fp8_gemm_runner_backend
@@ -93,7 +100,11 @@ class SglangEngine:
         return [*_unsafe_layers(self._model, self._capability), *memory, *storage]
 
     def flush_cache(self) -> bool:
-        return bool(self._scheduler.flush_cache(empty_cache=False))
+        flushed = bool(self._scheduler.flush_cache(empty_cache=False))
+        cache = image_embeddings().embedding_cache
+        if flushed and cache is not None:
+            cache.clear()  # SGLang keeps what the old weights made of an image that it has seen
+        return flushed
 
     def synchronize(self) -> None:
         if self._on_gpu:
@@ -103,6 +114,19 @@ class SglangEngine:
         record = getattr(self._scheduler, "record_weight_version_change", None)  # from 0.5.19 on
         if record is not None:
             record(new_version=str(version))
+
+
+def image_embeddings() -> Any:
+    """The module of SGLang whose `embedding_cache` holds what multimodal models made of their inputs.
+
+    Raises: IncompatibleServerError: it is elsewhere.
+    """
+    for name in _EMBEDDING_MODULES:
+        if find_spec(name) is not None and "embedding_cache" in vars(module := import_module(name)):
+            return module
+    raise IncompatibleServerError(
+        f"SGLang {SGLANG_VERSION} has no embedding_cache in {' or '.join(_EMBEDDING_MODULES)}"
+    )
 
 
 def _capability() -> tuple[int, int]:

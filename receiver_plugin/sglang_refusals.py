@@ -37,7 +37,7 @@ class Option(NamedTuple):
         value = getattr(args, self.field, None)  # `sglang_surface` makes sure that the release has what it should
         if self.limit is not None:
             return value is not None and value > self.limit
-        return value not in (None, False, "off", "none", 0)
+        return value not in (None, False, "off", "none", "null", 0)
 
 
 _OLD_KV = "it keeps KV cache of old weights"
@@ -57,6 +57,7 @@ OPTIONS = (
     Option("enable_elastic_expert_backup", "after a fault it brings back old experts", _LEAVE),
     Option("cpu_offload_gb", _OFFLOADED, "use a larger --tp-size", 0),
     Option("offload_group_size", _OFFLOADED, "use a larger --tp-size", 0),
+    Option("disaggregation_mode", "a request would be computed on two servers, on a version each", _LEAVE),
     Option("weight_cache_mode", "its parameters are shared with other engines", "set it to off"),
     Option("hicache_storage_backend", _OLD_KV, _LEAVE),
     Option("enable_lmcache", _OLD_KV, _LEAVE),
@@ -182,6 +183,12 @@ LINEAR = (
     Rule("other layout", _other_layout("weight"), "its weight or its scales were rearranged", _GEMM),
 )
 _EXPERTS = ("w13_weight", "w2_weight")
+_A2A = Rule(
+    "MegaMoE",
+    lambda layer, method, b: b.moe_a2a not in RAW_A2A,
+    "the all-to-all backend is not known to leave experts as they are loaded",
+    "start with --moe-a2a-backend none",
+)
 MOE = (
     *BLOCK_FP8,
     Rule("FP4 experts", _marked("is_fp4_expert"), "its experts are not FP8", "serve a block-FP8 checkpoint"),
@@ -192,24 +199,38 @@ MOE = (
         _TRITON,
     ),
     Rule("DeepGEMM experts on Blackwell", _packed_experts, "DeepGEMM repacks experts on this GPU", _TRITON),
-    Rule(
-        "MegaMoE",
-        lambda layer, method, b: b.moe_a2a not in RAW_A2A,
-        "the all-to-all backend is not known to leave experts as they are loaded",
-        "start with --moe-a2a-backend none",
-    ),
+    _A2A,
     Rule("HPC-Ops", lambda layer, m, b: hasattr(layer, "hpc_ops_w13_weight_scale"), "it pads its scales", _TRITON),
     Rule("other expert types", _other_types(*_EXPERTS), "they are not float8_e4m3fn with float32 scales", _TRITON),
     Rule("other expert layout", _other_layout(*_EXPERTS), "experts or their scales were rearranged", _TRITON),
 )
-_MOE_METHOD = "Fp8MoEMethod"
+# Experts that stay in BF16 (`modules_to_not_convert`).
+BF16_MOE = (
+    Rule(
+        "another MoE runner for BF16",
+        lambda layer, method, b: runner_of(method, b) != "triton",
+        "only the runner triton is known to read BF16 experts as they are loaded",
+        _TRITON,
+    ),
+    _A2A,
+    Rule(
+        "other layout of BF16 experts",
+        lambda layer, method, b: (
+            _marked("w13_swiglu_interleaved")(layer, method, b)
+            or not all(getattr(layer, name).is_contiguous() for name in _EXPERTS)
+        ),
+        "its experts were rearranged",
+        _TRITON,
+    ),
+)
 # Quantization method of SGLang, by class -> its rules. Any other class is refused.
 METHODS: dict[str, tuple[Rule, ...]] = {
     "UnquantizedLinearMethod": (),
     "UnquantizedEmbeddingMethod": (),
     "Fp8KVCacheMethod": (),
     "Fp8LinearMethod": LINEAR,
-    _MOE_METHOD: MOE,
+    "Fp8MoEMethod": MOE,
+    "UnquantizedFusedMoEMethod": BF16_MOE,
 }
 UNKNOWN_METHOD = f"is not known to leave loaded weights as they are: {_ARGS}"
 LORA = "wrapped by LoRA: start without --enable-lora and push merged weights"
@@ -244,9 +265,8 @@ def _reasons(layer: Any, backends: Backends) -> Iterator[str]:
         return
     rule = next((r for r in (*ANY_METHOD, *METHODS[kind]) if r.applies(layer, method, backends)), None)
     if rule is not None:
-        chosen = (
-            f", runner {runner_of(method, backends)}, all-to-all {backends.moe_a2a}" if METHODS[kind] is MOE else ""
-        )
+        is_moe = METHODS[kind] in (MOE, BF16_MOE)
+        chosen = f", runner {runner_of(method, backends)}, all-to-all {backends.moe_a2a}" if is_moe else ""
         yield f"{rule.backend} ({kind}{chosen}): {rule.why}: {rule.way_out}"
 
 

@@ -51,7 +51,15 @@ NAMES: dict[str, tuple[str, ...]] = {
 }
 # Of `ServerArgs`: what is read, and what decides whether a server is refused.
 SERVER_ARGS = (
-    *("admin_api_key", "api_key", "download_dir", "dp_size", "enable_dp_attention", "enable_eplb"),
+    *(
+        "admin_api_key",
+        "api_key",
+        "disaggregation_mode",
+        "download_dir",
+        "dp_size",
+        "enable_dp_attention",
+        "enable_eplb",
+    ),
     *("enable_http2", "enable_lmcache", "enable_lora", "enable_weights_cpu_backup", "encoder_only", "grpc_mode"),
     *("grpc_port", "hicache_storage_backend", "load_format", "model_path", "moe_runner_backend", "pp_size"),
     *("revision", "smg_grpc_mode", "speculative_algorithm", "ssl_certfile", "tokenizer_worker_num", "url"),

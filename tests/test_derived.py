@@ -11,7 +11,7 @@ from torch import nn
 from receiver_plugin.binding import trace
 from receiver_plugin.probe import fingerprint
 from receiver_plugin.recorder import Source
-from receiver_plugin.sglang_derived import SglangDerived
+from receiver_plugin.sglang_derived import SglangDerived, unknown_tensors
 from shared.errors import CommitError
 
 
@@ -90,6 +90,34 @@ def test_they_follow_the_parameters(by_out: bool) -> None:
     assert fingerprint(pushed) == fingerprint(loaded) != before
     assert "attention.halves" in before
     assert addresses == (pushed.norm.gemma_weight.data_ptr(), pushed.attention.halves.data_ptr())
+
+
+class Router(nn.Module):
+    """As SGLang has those of GLM-4: the first forward keeps the weight in fp32."""
+
+    _weight_fp32: torch.Tensor | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(2, 4, dtype=torch.bfloat16), requires_grad=False)
+        self.register_buffer("_weight_fp32", None, persistent=False)
+
+    def forward(self) -> None:
+        if self._weight_fp32 is None:
+            self._weight_fp32 = self.weight.data.to(torch.float32)
+
+
+def test_what_the_first_forward_keeps_follows_in_place() -> None:
+    router = Router()
+    derived = SglangDerived(router)
+    derived.refresh([])
+    assert router._weight_fp32 is None  # derived by the first forward, from the weights as they are then
+    router()
+    kept = router.get_buffer("_weight_fp32")
+    assert list(unknown_tensors(router)) == []
+    router.weight.fill_(3.0)
+    derived.refresh([])
+    assert router.get_buffer("_weight_fp32") is kept and bool((kept == 3.0).all())
 
 
 def test_without_knowing_them_they_are_refused() -> None:

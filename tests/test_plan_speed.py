@@ -17,18 +17,22 @@ from typing import Any
 import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from receiver_plugin import scales
 from receiver_plugin.manifest import plan_offer
 from receiver_plugin.ranks import SingleRank
 from receiver_plugin.sglang_derived import SglangDerived
 from receiver_plugin.staging import Staging
 from sender import FP8BlockConfig
+from shared import coverage
 from shared.buckets import make_layout
+from shared.coverage import box_of, tiles, whole
 from shared.naming import pieces
 from shared.protocol import TensorSpec
 from tests.in_process import sglang_rank
 
 LIMIT_CPU_S = 2.0
 MOST_TRIES = 10  # the quickest counts: what else runs on the processor slows a try down, and nothing speeds one up
+CACHED = (box_of, coverage._extent, tiles, whole, scales._scale_view)
 LARGE = {
     "hidden_size": 2048,
     "moe_intermediate_size": 768,
@@ -68,6 +72,8 @@ def test_planning_for_128_experts_in_48_layers(tmp_path: Path) -> None:
         model = rank.build("meta")
         took_s: list[float] = []
         while len(took_s) < MOST_TRIES and min(took_s, default=LIMIT_CPU_S) >= LIMIT_CPU_S:
+            for cached in CACHED:  # each try is a first one
+                cached.cache_clear()
             began = time.process_time()
             manifest, plan = plan_offer(model, tensors, FP8BlockConfig(), SingleRank(), SglangDerived(model))
             took_s.append(time.process_time() - began)

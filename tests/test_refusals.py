@@ -59,6 +59,12 @@ def model(models: dict[str, nn.Module]) -> nn.Module:
     return models["qwen3_moe"]
 
 
+@pytest.fixture
+def kept(models: dict[str, nn.Module]) -> nn.Module:
+    """With experts in BF16."""
+    return models["qwen3_moe_kept"]
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_nothing_of_the_zoo_is_refused(name: str, models: dict[str, nn.Module]) -> None:
     assert list(unknown_tensors(models[name])) == []
@@ -164,12 +170,36 @@ def test_a_layer_is_refused_with_backend_reason_and_way_out(
     assert change is unchanged or len(found) == 1
 
 
+FIRES_ON_BF16_MOE: list[tuple[str, Change, Backends]] = [
+    ("ROCm", unchanged, Backends((9, 4), True, "auto", "none")),
+    ("AITER", of_parameter("w13_weight", "is_shuffled"), HOPPER),
+    ("Intel AMX", mark("use_intel_amx_backend"), HOPPER),
+    *(("another MoE runner for BF16", runner(name), HOPPER) for name in ("triton_kernel", "flashinfer_cutlass")),
+    ("another MoE runner for BF16", of_method("runner", None), Backends((9, 0), False, "deep_gemm", "none")),
+    ("MegaMoE", unchanged, Backends((9, 0), False, "auto", "megamoe")),
+    ("other layout of BF16 experts", of_method("w13_swiglu_interleaved"), HOPPER),
+    ("other layout of BF16 experts", replaced("w2_weight", lambda w: w.transpose(1, 2)), HOPPER),
+]
+
+
+@pytest.mark.parametrize(("backend", "change", "backends"), FIRES_ON_BF16_MOE)
+def test_experts_in_bf16_are_refused_likewise(
+    backend: str, change: Change, backends: Backends, kept: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = "model.layers.1.mlp.experts"
+    layer = kept.get_submodule(path)
+    change(monkeypatch, layer, layer.quant_method)
+    (mine,) = [reason for reason in refused_layers(kept, backends) if f"{backend} (UnquantizedFusedMoEMethod" in reason]
+    assert path in mine
+
+
 def test_every_rule_has_a_case() -> None:
     def names(rules: tuple[refusals.Rule, ...]) -> set[str]:
         return {rule.backend for rule in (*refusals.ANY_METHOD, *rules)}
 
     assert {backend for backend, _, _ in FIRES_ON_LINEAR} == names(refusals.LINEAR)
     assert {backend for backend, _, _ in FIRES_ON_MOE} == names(refusals.MOE)
+    assert {backend for backend, _, _ in FIRES_ON_BF16_MOE} == names(refusals.BF16_MOE)
 
 
 @pytest.mark.parametrize("name", refusals.RAW_RUNNERS)
@@ -185,7 +215,6 @@ def test_runners_that_read_experts_as_loaded_are_taken(
 
 FOREIGN_METHODS = (
     "fp8.Fp8LinearMethod_of_another_plugin",
-    "unquant.UnquantizedFusedMoEMethod",
     "w4afp8.W4AFp8MoEMethod",
     "w8a8_fp8.W8A8Fp8LinearMethod",
     "modelopt_quant.ModelOptFp8LinearMethod",
@@ -433,6 +462,7 @@ def rows_of(heading: str) -> list[tuple[str, ...]]:
 def test_the_documentation_has_every_rule_and_no_other() -> None:
     assert rows_of("Options") == [(f"`{o.flag}`", o.why, o.way_out) for o in refusals.OPTIONS]
     rules = [*refusals.ANY_METHOD, *refusals.LINEAR, *(r for r in refusals.MOE if r not in refusals.BLOCK_FP8)]
+    rules += [rule for rule in refusals.BF16_MOE if rule not in refusals.MOE]
     layers = [(what.split(" (")[0], why, way_out) for what, why, way_out in rows_of("Layers")]
     assert layers[: len(rules)] == [(rule.backend, rule.why, rule.way_out) for rule in rules]
     rest = [": ".join(row) for row in rows_of("Layers")[len(rules) :]]

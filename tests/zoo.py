@@ -63,7 +63,7 @@ class Case:
     config_suffix: str = "Config"
     server_args: tuple[str, ...] = ()  # what this family needs besides examples.local_server.CPU_ARGS
     server_env: Mapping[str, str] = field(default_factory=dict)
-    kept: tuple[str, ...] = ()  # modules that block FP8 cannot hold: the trainer's names and SGLang's
+    kept: tuple[str, ...] = ()  # modules that stay in BF16, some because block FP8 cannot hold them; SGLang's names too
     max_tp: int = 4  # larger ones would cut within a block
     layouts: tuple[str, ...] = ("TP 1", "TP 2")  # those that tests start servers for
 
@@ -138,6 +138,14 @@ _ALL = (
     _case("qwen3", "Qwen3", {"head_dim": 128}, layouts=("TP 1", "TP 2", "TP 4", "DP 2", "TP 2, DP 2")),
     _case("qwen3_tied", "Qwen3", {"head_dim": 128, "tie_word_embeddings": True}),
     _case("qwen3_moe", "Qwen3Moe", {"head_dim": 128}, EXPERTS, layouts=(*WITH_EP, "TP 4", "DP 2")),
+    _case(
+        "qwen3_moe_kept",
+        "Qwen3Moe",
+        {"head_dim": 128},
+        EXPERTS,
+        kept=("model.layers.0.self_attn", "model.layers.1.mlp.experts"),
+    ),
+    _case("mixtral", "Mixtral", {"hidden_size": 512, "sliding_window": None, "num_local_experts": 8}),
     _case(
         "qwen2_moe",
         "Qwen2Moe",

@@ -22,7 +22,7 @@ from tests.zoo import CASES, Case
 pytestmark = [pytest.mark.server, pytest.mark.models]
 
 PROMPTS = [[11, 12, 13], [100, 200, 300, 400, 500], list(range(3, 40)), [999, 3, 999]]
-FAMILIES = ("qwen3", "deepseek_v3")  # dense; experts and weights that a load derives
+FAMILIES = ("qwen3", "glm4_moe", "deepseek_v3")  # dense; what a forward keeps; what a load derives
 START_S = 240.0
 
 
