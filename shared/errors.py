@@ -106,6 +106,8 @@ _BY_NAME: dict[str, type[Fp8SyncError]] = {
         StaleVersionError,
         TransferError,
         CommitError,
+        ServerFencedError,
+        VersionMismatchError,
     )
 }
 
