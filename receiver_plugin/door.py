@@ -55,6 +55,12 @@ class Door:
     ) -> None:
         self._channel, self._ask, self._fenced = channel, ask, fenced
         self._held: _Held | None = None
+        self._shutting: int | None = None
+
+    @property
+    def coming(self) -> int | None:
+        """The version for which the door is shut, or is being shut."""
+        return self._held.version if self._held is not None else self._shutting
 
     async def commit(self, message: wire.Commit) -> wire.Reply:
         """Of several replicas none commits before all have said that they can."""
@@ -112,7 +118,7 @@ class Door:
         then: Callable[[float], Awaitable[wire.Reply]],
     ) -> wire.Reply:
         """The reply of `then`, called with the door shut; closing `opening` opens it."""
-        deadline = time.monotonic() + message.drain_s
+        deadline, self._shutting = time.monotonic() + message.drain_s, message.version
         try:
             async with asyncio.timeout(message.drain_s) as draining:
                 await opening.enter_async_context(self._shut_off(message.in_flight))
@@ -122,6 +128,8 @@ class Door:
             text = f"requests were still running after {message.drain_s:.0f} s (timeout_s)"
         except Fp8SyncError as error:
             text = str(error)
+        finally:
+            self._shutting = None
         return await self._failed(f"{text}; nothing was touched")
 
     @asynccontextmanager

@@ -33,6 +33,12 @@ def register() -> None:
         _arm(probe_only=True)
 
 
+def load() -> None:
+    """Load the plugin in this process and in those that it starts, where no command line says so."""
+    os.environ[_LOAD] = PLUGIN_NAME
+    _arm()
+
+
 def _add_flag(result: Any, parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--load-plugin",

@@ -92,6 +92,14 @@ class Channel(Protocol):
         """Let the replies of this process carry `version`."""
 
 
+class FencedError(HTTPException):
+    """A request met the fence."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(status_code=503, detail=_text(reason))
+        self.response = _refuse(reason)
+
+
 class Control:
     """The control route and the fence, as this process knows it."""
 
@@ -102,6 +110,16 @@ class Control:
         self._fence: str | None = "its schedulers have not yet said whether their weights may be served"
         self._published = 0
 
+    @property
+    def version(self) -> int:
+        """The version that requests are served with."""
+        return self._published
+
+    @property
+    def coming(self) -> int | None:
+        """The version whose commit waits for requests to end, or is at work."""
+        return self._door.coming
+
     async def fence(self) -> str | None:
         """Why requests must be refused, or None."""
         if not self._known:
@@ -109,20 +127,21 @@ class Control:
         return self._fence
 
     def refuse_if_fenced(self) -> None:
-        """Raises: HTTPException: 503 with the reason."""
+        """Raises: FencedError: 503 with the reason."""
         if self._fence is not None:
-            raise HTTPException(status_code=503, detail=_text(self._fence))
+            raise FencedError(self._fence)
 
     async def control(self, request: Request) -> Response:
         try:
             message = wire.decode_message(await _body(request))
         except Fp8SyncError as error:  # in the form of a reply, so that any sender can read it
             return Response(self._reply(error).model_dump_json(), status_code=400, media_type="application/json")
-        reply = await self._answer(message)
+        reply = await self.answer(message)
         status = 200 if reply.error is None else _STATUS.get(reply.error.kind, 500)
         return Response(reply.model_dump_json(), status_code=status, media_type="application/json")
 
-    async def _answer(self, message: Any) -> wire.Reply:
+    async def answer(self, message: Any) -> wire.Reply:
+        """The server's answer to one control message."""
         if isinstance(message, wire.Commit):
             return await self._door.commit(message)
         if isinstance(message, wire.Hold):
@@ -203,7 +222,7 @@ class Gate:
         if scope["type"] not in ("http", "websocket"):
             await self._app(scope, receive, send)
             return
-        path = _route_path(scope)
+        path = route_path(scope)
         if path in _CHANGE_WEIGHTS:
             await self._control.while_weights_change(self._app(scope, receive, send), path)
         elif path in _OPEN_WHILE_FENCED or (reason := await self._control.fence()) is None:
@@ -214,10 +233,14 @@ class Gate:
             await _refuse(reason)(scope, receive, send)
 
 
-def _route_path(scope: _Scope) -> str:
+def route_path(scope: _Scope) -> str:
     """The path without the root path that a server behind a reverse proxy is given."""
     path, root = str(scope["path"]), str(scope.get("root_path", "")).rstrip("/")
     return path[len(root) :] if root and path.startswith(root + "/") else path
+
+
+def runs_the_model(path: str) -> bool:
+    return path not in _OPEN_WHILE_FENCED and path not in _CHANGE_WEIGHTS
 
 
 def _text(reason: str) -> str:

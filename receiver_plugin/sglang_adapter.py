@@ -1,6 +1,7 @@
 """Where fp8sync is hooked into SGLang (0.5.16 to 0.5.23).
 
-    launcher process    routes and gate on the HTTP server (`sglang_http`), one more request type (`sglang_messages`)
+    launcher process    routes and gate on the HTTP server (`sglang_http`), one more request type (`sglang_messages`),
+                        fence and versions where requests leave for the schedulers (`sglang_requests`)
     scheduler process   one Receiver per rank, answering that request type in the event loop (here, `sglang_engine`)
 
 These modules, named `sglang_*`, are all that touches SGLang's insides; `entry` and `cpu_platform` use its public seams.
@@ -25,9 +26,10 @@ from receiver_plugin.probe import ProbeOnly
 from receiver_plugin.receiver import Receiver
 from receiver_plugin.replicas import for_replica
 from receiver_plugin.sglang_engine import SglangEngine, TpRanks, block_size, replica_of
-from receiver_plugin.sglang_http import run_with_control, run_with_probe, send_unless_fenced
+from receiver_plugin.sglang_http import run_with_control, run_with_probe
 from receiver_plugin.sglang_messages import Fp8SyncReqInput, Fp8SyncReqOutput
 from receiver_plugin.sglang_refusals import check_server_args as check_server_args
+from receiver_plugin.sglang_requests import change_weights, generate, send
 from receiver_plugin.sglang_surface import SCHEDULER, exists, missing_names, missing_of
 from receiver_plugin.startup import fence_reason
 from shared import protocol as wire
@@ -40,6 +42,7 @@ _HTTP = "sglang.srt.entrypoints.http_server._setup_and_run_http_server"
 _MANAGER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
 _UPDATER = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
 _UPDATES = ("update_weights_from_disk", "update_weights_from_distributed", "update_weights_from_tensor")
+_MANAGER_UPDATES = ("update_weights_from_ipc", "release_memory_occupation", "resume_memory_occupation", "check_weights")
 
 _receiver: Receiver | None = None  # of this scheduler process
 _installed = False  # in this process
@@ -145,8 +148,10 @@ def _after_check(result: Any, updater: Any, request: Any, *rest: Any, **more: An
 _HOOKS: tuple[tuple[str, Any, HookType], ...] = (
     (_SCHEDULER, _attach_receiver, HookType.AFTER),
     (_HTTP, run_with_control, HookType.AROUND),
-    (f"{_MANAGER}._send_one_request", send_unless_fenced, HookType.AROUND),
-    (f"{_MANAGER}._send_batch_request", send_unless_fenced, HookType.AROUND),
+    (f"{_MANAGER}.generate_request", generate, HookType.AROUND),
+    (f"{_MANAGER}._send_one_request", send, HookType.AROUND),
+    (f"{_MANAGER}._send_batch_request", send, HookType.AROUND),
+    *((f"{_MANAGER}.{name}", change_weights, HookType.AROUND) for name in (*_UPDATES, *_MANAGER_UPDATES)),
     *((f"{_UPDATER}.{name}", _after_update, HookType.AFTER) for name in (*_UPDATES, "update_weights_from_ipc")),
     (f"{_UPDATER}.release_memory_occupation", _after_memory_call, HookType.AFTER),
     (f"{_UPDATER}.resume_memory_occupation", _after_memory_call, HookType.AFTER),

@@ -1,4 +1,4 @@
-"""The HTTP process of SGLang (0.5.16 to 0.5.23): our routes, the gate, the fence where requests leave, the warm-up."""
+"""The HTTP process of SGLang (0.5.16 to 0.5.23): our routes, the gate, the way to the schedulers, the warm-up."""
 
 from __future__ import annotations
 
@@ -17,20 +17,19 @@ from sglang.srt.entrypoints import http_server
 from sglang.srt.managers.io_struct import ContinueGenerationReqInput, PauseGenerationReqInput
 from sglang.srt.utils.auth import AuthLevel, auth_level
 from sglang.utils import TypeBasedDispatcher
-from sglang.version import __version__ as SGLANG_VERSION
 
 from receiver_plugin.http import Control, Gate
 from receiver_plugin.sglang_messages import Fp8SyncReqInput, Fp8SyncReqOutput
-from receiver_plugin.sglang_surface import MANAGER, missing_of
+from receiver_plugin.sglang_requests import attach_manager
+from receiver_plugin.version_headers import VersionHeaders
 from shared import protocol as wire
-from shared.errors import PushError
+from shared.errors import IncompatibleServerError, PushError
 
 logger = logging.getLogger(__name__)
 
 _ANSWER_TIMEOUT_S = 55.0
 _WARM_UP_S = 120.0
 _ABORT_AGAIN_S = 0.1
-_control: Control | None = None  # of this process
 
 
 class SchedulerChannel:
@@ -126,24 +125,21 @@ class SchedulerChannel:
         self._manager._update_weight_version_if_provided(str(version))
 
 
-def send_unless_fenced(original: Any, *args: Any, **kwargs: Any) -> Any:
-    """Requests that passed the gate may have waited for a commit that failed. Without the HTTP server none pass."""
-    if _control is None:
-        raise RuntimeError("fp8sync is loaded, but the requests do not come through its HTTP server")
-    _control.refuse_if_fenced()
-    return original(*args, **kwargs)
+def make_control(manager: Any) -> Control:
+    return Control(SchedulerChannel(manager))
 
 
 def run_with_control(original: Any, *args: Any, **kwargs: Any) -> Any:
-    global _control
     bound = inspect.signature(original).bind(*args, **kwargs)
     bound.apply_defaults()
     manager = bound.arguments["tokenizer_manager"]
-    if missing := missing_of(manager, MANAGER):
-        raise SystemExit(f"fp8sync: the tokenizer manager of SGLang {SGLANG_VERSION} has no {', '.join(missing)}")
-    _control = Control(SchedulerChannel(manager))
-    http_server.app.add_middleware(Gate, control=_control)
-    _add_routes(_control)
+    try:
+        control = attach_manager(manager, make_control, has_gate=True)
+    except IncompatibleServerError as error:
+        raise SystemExit(f"fp8sync: {error}") from error
+    http_server.app.add_middleware(VersionHeaders, served=control)
+    http_server.app.add_middleware(Gate, control=control)  # the last one added is the first one asked
+    _add_routes(control)
     stock_warmup = bound.arguments["execute_warmup_func"]
     bound.arguments["execute_warmup_func"] = lambda server_args: _warm_up(server_args, manager, stock_warmup)
     return original(*bound.args, **bound.kwargs)
@@ -151,7 +147,7 @@ def run_with_control(original: Any, *args: Any, **kwargs: Any) -> Any:
 
 def run_with_probe(original: Any, *args: Any, **kwargs: Any) -> Any:
     manager = inspect.signature(original).bind(*args, **kwargs).arguments["tokenizer_manager"]
-    _add_routes(Control(SchedulerChannel(manager)))
+    _add_routes(make_control(manager))
     return original(*args, **kwargs)
 
 

@@ -19,6 +19,7 @@ _UPDATE_ERROR = (
 )
 # Dotted name -> the parameters that are passed or read by name.
 NAMES: dict[str, tuple[str, ...]] = {
+    "sglang.srt.entrypoints.engine.Engine": (),
     "sglang.srt.entrypoints.http_server.app": (),
     "sglang.srt.entrypoints.http_server._setup_and_run_http_server": ("tokenizer_manager", "execute_warmup_func"),
     "sglang.srt.eplb.expert_location.ExpertLocationMetadata.logical_to_all_physical": (),
@@ -48,6 +49,8 @@ NAMES: dict[str, tuple[str, ...]] = {
     "sglang.srt.managers.tokenizer_manager.TokenizerManager.continue_generation": (),
     "sglang.srt.managers.tokenizer_manager.TokenizerManager.pause_generation": (),
     _UPDATE_ERROR: (),
+    "sglang.srt.plugins.load_plugins": (),
+    "sglang.srt.server_args.prepare_server_args": (),
     "sglang.srt.utils.auth.AuthLevel.ADMIN_OPTIONAL": (),
     "sglang.srt.utils.auth.auth_level": (),
     "sglang.utils.TypeBasedDispatcher.__iadd__": (),
@@ -87,7 +90,9 @@ MANAGER = (
     *("_result_dispatcher", "is_pause", "server_args", "server_status"),
     *("model_update_lock._cond", "model_update_lock._lock", "model_update_lock._readers"),
     *("model_update_lock.acquire_writer", "model_update_lock.release_writer"),
+    "event_loop",
 )
+ENGINE = ("loop", "tokenizer_manager")
 _SERVER_ARGS_CLASS = "sglang.srt.server_args.ServerArgs"
 
 

@@ -80,6 +80,16 @@ class CommitError(PushError):
     """A server failed while it committed. It is fenced unless the message says that nothing was touched."""
 
 
+class ServerFencedError(Fp8SyncError):
+    """A request to an engine of this process met weights that must not be served; the next full push heals that."""
+
+
+class VersionMismatchError(Fp8SyncError, ValueError):
+    """Another version is served than a request demands: try again later. Over HTTP this is status 409."""
+
+    status_code = 409  # where SGLang's routes turn a ValueError into a reply or an event of a stream
+
+
 _BY_NAME: dict[str, type[Fp8SyncError]] = {
     cls.__name__: cls
     for cls in (
@@ -96,6 +106,8 @@ _BY_NAME: dict[str, type[Fp8SyncError]] = {
         StaleVersionError,
         TransferError,
         CommitError,
+        ServerFencedError,
+        VersionMismatchError,
     )
 }
 

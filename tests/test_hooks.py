@@ -18,7 +18,16 @@ from sglang.version import __version__ as SGLANG_VERSION
 
 from receiver_plugin import entry, sglang_adapter, sglang_surface
 from receiver_plugin.sglang_refusals import OPTIONS
-from receiver_plugin.sglang_surface import MANAGER, NAMES, SCHEDULER, SERVER_ARGS, SINCE, missing_names, missing_of
+from receiver_plugin.sglang_surface import (
+    ENGINE,
+    MANAGER,
+    NAMES,
+    SCHEDULER,
+    SERVER_ARGS,
+    SINCE,
+    missing_names,
+    missing_of,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 HOOKED = sorted({target for target, _, _ in (*sglang_adapter._HOOKS, *sglang_adapter._PROBE_HOOKS)})
@@ -196,6 +205,7 @@ ALIASES = {  # how the adapter modules call SGLang's objects
     "manager": "manager",
     "self._manager": "manager",
     "tokenizer_manager": "manager",
+    "sgl_engine": "engine",
     "lock": "manager.model_update_lock",
     "args": "args",
     "server_args": "args",
@@ -244,6 +254,7 @@ def listed() -> set[str]:
     names = [name.split(".") for name in NAMES]
     methods = {f"{classes[name[-2]]}.{name[-1]}" for name in names if name[-2] in classes}
     paths = {f"scheduler.{path}" for path in SCHEDULER} | {f"manager.{path}" for path in MANAGER}
+    paths |= {f"engine.{path}" for path in ENGINE}
     return methods | paths | {f"args.{name}" for name in SERVER_ARGS}
 
 

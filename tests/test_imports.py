@@ -20,6 +20,7 @@ MAY_IMPORT_SGLANG = {
     "receiver_plugin/sglang_engine.py",
     "receiver_plugin/sglang_http.py",
     "receiver_plugin/sglang_messages.py",
+    "receiver_plugin/sglang_requests.py",
 }
 FILES = sorted(str(path.relative_to(ROOT)) for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
