@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
 
@@ -41,7 +42,7 @@ class EngineControl:
         """Raises: the error that the engine reported, or `ServerUnreachableError`."""
         loop, asked = self._loop(), self._ask(decode_message(message.model_dump_json()), timeout_s)
         if loop.is_running():
-            reply = self._wait(asyncio.run_coroutine_threadsafe(asked, loop), timeout_s)
+            reply = _wait(asyncio.run_coroutine_threadsafe(asked, loop), timeout_s)
         else:
             reply = loop.run_until_complete(asked)
         if reply is None:
@@ -63,12 +64,12 @@ class EngineControl:
         done, _ = await asyncio.wait({task}, timeout=timeout_s)
         return task.result() if done else None
 
-    def _wait(self, future: Any, timeout_s: float) -> Reply | None:
-        try:
-            reply: Reply | None = future.result(timeout_s + 1.0)
-        except TimeoutError:
-            return None
-        return reply
+
+def _wait(future: Future[Reply | None], timeout_s: float) -> Reply | None:
+    try:
+        return future.result(timeout_s + 1.0)
+    except TimeoutError:
+        return None
 
 
 def start(args: Sequence[str]) -> EngineControl:

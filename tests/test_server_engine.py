@@ -96,7 +96,7 @@ def test_a_real_engine(tmp_path: Path) -> None:
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=400,
     )
     assert done.returncode == 0 and "the engine did all that" in done.stdout, done.stderr[-6000:]
 
