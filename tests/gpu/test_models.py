@@ -62,7 +62,7 @@ def servers(
     found: dict[str, LocalServer] = {}
     folder = tmp_path_factory.mktemp("models")
     mine = [item for item in request.session.items if isinstance(item, pytest.Function) and item.path == Path(__file__)]
-    names = [item.callspec.params["name"] for item in mine]
+    names = [str(item.callspec.params["name"]) for item in mine]
     try:
         for name in names:
             checkpoint, case = folder / name.replace(", ", "-"), CELLS[name].case
