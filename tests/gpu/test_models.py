@@ -50,19 +50,24 @@ CELLS = {
     "deepseek_v3, triton": Cell("deepseek_v3", ("--fp8-gemm-backend", "triton"), FULL_LATENTS),
     "deepseek_v3, deep_gemm": Cell("deepseek_v3", ("--fp8-gemm-backend", "deep_gemm"), FULL_LATENTS),
     "qwen3_next": Cell("qwen3_next"),
+    "qwen3_moe_kept": Cell("qwen3_moe_kept"),
 }
 
 
 @pytest.fixture(scope="module")
-def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, LocalServer]]:
-    """A server for each cell, on the checkpoint of `make_model(2)`; still starting."""
+def servers(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, LocalServer]]:
+    """A server for each cell that is to be run, on the checkpoint of `make_model(2)`; still starting."""
     found: dict[str, LocalServer] = {}
     folder = tmp_path_factory.mktemp("models")
+    mine = [item for item in request.session.items if isinstance(item, pytest.Function) and item.path == Path(__file__)]
+    names = [str(item.callspec.params["name"]) for item in mine]
     try:
-        for name, cell in CELLS.items():
-            checkpoint, case = folder / name.replace(", ", "-"), cell.case
+        for name in names:
+            checkpoint, case = folder / name.replace(", ", "-"), CELLS[name].case
             export_checkpoint(case.make_model(2).cuda(), checkpoint, config=case.fp8, hf_config=case.hf_config())
-            args = ["--model-path", str(checkpoint), *GPU_ARGS, *cell.args, "--load-plugin", "fp8sync"]
+            args = ["--model-path", str(checkpoint), *GPU_ARGS, *CELLS[name].args, "--load-plugin", "fp8sync"]
             found[name] = LocalServer(args, Path(f"{checkpoint}.log"))
         yield found
     finally:
