@@ -20,14 +20,14 @@ from tests.server_fixtures import ADMIN_KEY, CHANGES
 pytestmark = pytest.mark.server
 
 PROMPTS = [[11, 12, 13], [100, 200, 300, 400, 500]]
-NUM_TOKENS = 300
+NUM_TOKENS = 500
 Ask = Callable[[list[int], int], "Future[dict[str, Any]]"]
 
 
 @pytest.fixture
 def ask(pushed_server: LocalServer) -> Iterator[Ask]:
     """Starts a request and gives its reply; two can run at a time."""
-    with ThreadPoolExecutor(2) as pool, httpx.Client(base_url=pushed_server.url, timeout=120.0, trust_env=False) as web:
+    with ThreadPoolExecutor(2) as pool, httpx.Client(base_url=pushed_server.url, timeout=300.0, trust_env=False) as web:
 
         def generate(prompt: list[int], num_tokens: int) -> dict[str, Any]:
             sampling = {"temperature": 0.0, "max_new_tokens": num_tokens, "ignore_eos": True}
@@ -77,12 +77,12 @@ def test_requests_that_are_put_back_go_on_with_the_new_weights(
 
 
 def test_requests_may_be_ended(pushed_server: LocalServer, ask: Ask) -> None:
-    running = [ask(prompt, 1500) for prompt in PROMPTS]
+    running = [ask(prompt, NUM_TOKENS) for prompt in PROMPTS]
     until_running(pushed_server, len(PROMPTS))
     push(pushed_server, 33, "abort")
     for future in running:
         reply = future.result()
-        assert reply["meta_info"]["finish_reason"]["type"] == "abort" and len(reply["output_ids"]) < 1500
+        assert reply["meta_info"]["finish_reason"]["type"] == "abort" and len(reply["output_ids"]) < NUM_TOKENS
     assert ask(PROMPTS[0], 8).result()["status"] == 200
 
 
