@@ -39,6 +39,7 @@ from shared.errors import (
     SessionLostError,
     StaleVersionError,
 )
+from shared.planes import ReceiveHalf, open_receiver
 
 logger = logging.getLogger(__name__)
 
@@ -67,10 +68,23 @@ class Engine(Protocol):
 
 
 class Receiver:
-    """One per rank and model. `fence` is why the start-up weights must not be served, or None."""
+    """One per rank and model. `fence` is why the start-up weights must not be served, or None.
 
-    def __init__(self, model: nn.Module, engine: Engine, ranks: Ranks, fence: str | None = None) -> None:
+    `make_staging` and `join` are a test's way to put faults on the staging and on the data plane of one rank.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        engine: Engine,
+        ranks: Ranks,
+        fence: str | None = None,
+        *,
+        make_staging: Callable[..., Staging] = Staging,
+        join: Callable[[wire.Rendezvous, int], ReceiveHalf] = open_receiver,
+    ) -> None:
         self._model, self._engine, self._ranks = model, engine, ranks
+        self._make_staging, self._join = make_staging, join
         self._incarnation = ranks.gather(uuid.uuid4().hex)[0]
         self._fence = next((reason for reason in ranks.gather(fence) if reason), None)
         self._version = 0
@@ -144,8 +158,9 @@ class Receiver:
         self._planned_for = message.incarnation
 
         def start() -> None:
-            staging = Staging(self._model, plan, layout)
-            self._session = Session(message, layout, staging, message.rendezvous.first_rank + self._ranks.index)
+            staging = self._make_staging(self._model, plan, layout)
+            rank = message.rendezvous.first_rank + self._ranks.index
+            self._session = Session(message, layout, staging, lambda: self._join(message.rendezvous, rank))
 
         try:
             collect(self._ranks, start)

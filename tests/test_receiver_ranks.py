@@ -51,9 +51,13 @@ class TwoRanks:
         self.models, self.engines = [Served(), Served()], [Engine(), Engine()]
         self._pool = ThreadPoolExecutor(2)
         parts = zip(self.models, self.engines, self.ranks, strict=True)
-        made = [self._pool.submit(Receiver, *part) for part in parts]
+        self.make_staging: Callable[..., Staging] = Staging
+        made = [self._pool.submit(Receiver, *part, make_staging=self._stage) for part in parts]
         self.receivers = [future.result(10.0) for future in made]
         self.control = InProcessControl("two ranks", self.handle)
+
+    def _stage(self, *args: Any) -> Staging:
+        return self.make_staging(*args)
 
     def handle(self, message: Any) -> protocol.Reply:
         replies = [future.result(20.0) for future in [self._pool.submit(r.handle, message) for r in self.receivers]]
@@ -91,18 +95,16 @@ def test_a_refusal_on_one_rank_at_the_start_of_a_push(server: TwoRanks, sender: 
     assert_heals(server, sender)
 
 
-def test_no_memory_for_staging_on_one_rank(
-    server: TwoRanks, sender: FP8Sender, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_memory_for_staging_on_one_rank(server: TwoRanks, sender: FP8Sender) -> None:
     def scarce(model: Any, plan: Any, layout: Any) -> Any:
         if model is server.models[1]:
             raise errors.PlanError("no memory for staging")
         return Staging(model, plan, layout)
 
-    monkeypatch.setattr("receiver_plugin.receiver.Staging", scarce)
+    server.make_staging = scarce
     with pytest.raises(errors.PlanError, match="no memory"):
         sender.push(Trainer(seed=1))
-    monkeypatch.setattr("receiver_plugin.receiver.Staging", Staging)
+    server.make_staging = Staging
     assert_heals(server, sender)
 
 
