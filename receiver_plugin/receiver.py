@@ -193,6 +193,7 @@ class Receiver:
         if not all(self._ranks.gather(transfer.done.is_set())):
             return {}  # still RECEIVING: the sender asks again
         collect(self._ranks, lambda: transfer.verify(message.digests))
+        transfer.verified = True  # STAGED is a word about all ranks
         return {}
 
     def _prepare(self, message: wire.Prepare | wire.Commit) -> dict[str, Any]:
@@ -208,7 +209,7 @@ class Receiver:
         self._fence = f"version {message.version} was copied in part only"  # until every rank says otherwise
         try:
             collect(self._ranks, lambda: self._copy(session))
-            self._engine.publish(message.version)
+            collect(self._ranks, lambda: self._engine.publish(message.version))
         except Exception as error:
             self._fence = f"{self._fence}: {error}"
             session.end_transfer(self._fence)
