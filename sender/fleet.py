@@ -26,6 +26,7 @@ from shared.errors import (
     Fp8SyncError,
     IncompatibleServerError,
     PushError,
+    ServerUnreachableError,
     SessionLostError,
     TransferError,
 )
@@ -36,6 +37,7 @@ from shared.planes.memory import MemoryPlane
 logger = logging.getLogger(__name__)
 
 _CONTROL_TIMEOUT_S = 60.0
+_GOODBYE_S = 10.0  # a server that does not hear that a push failed finds its connection broken, or its deadline passed
 _JOIN_TIMEOUT_S = 60.0
 _POLL_S, _LONGEST_POLL_S = 0.002, 0.05
 
@@ -61,12 +63,14 @@ class Fleet:
     ) -> None:
         self._servers = list(servers)
         self._config, self._plane_name, self._timeout_s = config, plane, timeout_s
+        self._answer_s, self._goodbye_s = min(_CONTROL_TIMEOUT_S, timeout_s), min(_GOODBYE_S, timeout_s)
         self._make_memory_plane = make_memory_plane
         self._name = f"{socket.gethostname()}-{secrets.token_hex(4)}"
         self._pool = ThreadPoolExecutor(max_workers=len(self._servers), thread_name_prefix="fp8sync-control")
         self._incarnations: dict[str, str] = {}
         self._plane: SendHalf | None = None
         self._session = ""
+        self._silent: set[str] = set()  # servers that are not told that the session ends: they did not answer
         self._closed = False
         self._version = self._newest = 0
         self._digests: list[int] = []
@@ -166,7 +170,7 @@ class Fleet:
     def commit(self) -> None:
         """Publish on every server. Raises: CommitError: names the servers that did and those that did not."""
         message = wire.Commit(session=self._session, version=self._version, drain_s=self._timeout_s)
-        outcomes = self._try_each([message] * len(self._servers), self._timeout_s + _CONTROL_TIMEOUT_S)
+        outcomes = self._try_each([message] * len(self._servers), self._timeout_s + self._answer_s)
         failed = {name: found for name, found in zip(self.names, outcomes, strict=True) if isinstance(found, Exception)}
         if len(failed) == len(outcomes) == 1:
             raise next(iter(failed.values()))
@@ -181,7 +185,7 @@ class Fleet:
         logger.warning("fp8sync: push%s failed: %s", which, str(reason).splitlines()[0] if str(reason) else reason)
         if self._session:
             abort = wire.Abort(session=self._session, version=self._version, reason=str(reason)[:500])
-            self._try_each([abort] * len(self._servers), _CONTROL_TIMEOUT_S)
+            self._tell(abort)
         self.close_session(str(reason))
 
     # At the end
@@ -194,8 +198,9 @@ class Fleet:
             self._plane.close()
             self._plane = None
         if self._session:
-            self._try_each([wire.Close(session=self._session)] * len(self._servers), _CONTROL_TIMEOUT_S)
+            self._tell(wire.Close(session=self._session))
             self._session = ""
+        self._silent.clear()
 
     def close(self) -> None:
         self.close_session("the sender is closed")
@@ -210,11 +215,24 @@ class Fleet:
         return self._each_its_own([message] * len(self._servers))
 
     def _each_its_own(self, messages: Sequence[BaseModel]) -> list[wire.Reply]:
-        outcomes = self._try_each(messages, _CONTROL_TIMEOUT_S)
+        outcomes = self._try_each(messages, self._answer_s)
         for outcome in outcomes:
             if isinstance(outcome, Exception):
                 raise outcome
         return [outcome for outcome in outcomes if not isinstance(outcome, Exception)]
+
+    def _tell(self, message: BaseModel) -> None:
+        """Tell all servers that still answer, whatever they say to it."""
+
+        def tell(server: ControlClient) -> None:
+            try:
+                server.call(message, self._goodbye_s)
+            except ServerUnreachableError:
+                self._silent.add(server.name)
+            except Fp8SyncError as error:
+                logger.debug("fp8sync: %s", error)
+
+        list(self._pool.map(tell, [server for server in self._servers if server.name not in self._silent]))
 
     def _try_each(self, messages: Sequence[BaseModel], timeout_s: float) -> list[wire.Reply | Exception]:
         """Ask all servers at the same time; an error takes the place of its reply."""
