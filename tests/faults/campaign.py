@@ -97,3 +97,8 @@ def warm_up() -> None:
     process.join(60.0)
     for seed in (0, 1):
         run_seed(seed)
+
+
+def repeat_with(seed: int) -> str:
+    """The command that repeats a case."""
+    return f"python -m tests.faults --seed {seed}"

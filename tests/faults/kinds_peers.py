@@ -6,7 +6,7 @@ import time
 
 from tests.faults.case import BETWEEN, CHECKS, COPYING
 from tests.faults.kinds import ANY
-from tests.faults.processes import SenderProcess, ServerProcess, waiting
+from tests.faults.processes import SenderProcess, ServerProcess, push_once, waiting
 from tests.faults.run import FENCED, GONE, NEW, OLD, SLACK_S, Ends, Pushed, Run, Violation
 from tests.faults.tripwire import Place
 
@@ -14,16 +14,19 @@ FROZEN_S = 0.7  # beyond the deadline
 _STARTING_S = 20.0
 
 
-def _arms(run: Run, action: str) -> list[tuple[Place, str]]:
-    """Where the sender is struck; between two commits the other servers' commits are held back."""
-    case, stage = run.case, run.case.stage
+def arms_of(stage: str, victim: int, num_servers: int, bucket: int, action: str) -> list[tuple[Place, str]]:
+    """Where a sender is struck; between two commits the other servers' commits are held back."""
     if stage == BETWEEN:
-        others = [server.index for server in run.servers if server.index != case.server]
-        held = [(Place("ask commit", index), "wait") for index in others]
-        return [*held, (Place("answered commit", case.server), action)]
+        held = [(Place("ask commit", index), "wait") for index in range(num_servers) if index != victim]
+        return [*held, (Place("answered commit", victim), action)]
     if stage == "send":
-        return [(Place("send", nth=run.bucket()), action)]
-    return [(Place(stage, case.server), action)]
+        return [(Place("send", nth=bucket), action)]
+    return [(Place(stage, victim), action)]
+
+
+def _arms(run: Run, action: str) -> list[tuple[Place, str]]:
+    bucket = run.bucket() if run.case.stage == "send" else 0
+    return arms_of(run.case.stage, run.case.server, run.case.num_servers, bucket, action)
 
 
 def _ends(run: Run) -> Ends:
@@ -45,7 +48,8 @@ def sender_killed_in_mid_bucket(run: Run) -> tuple[Ends, Pushed]:
 def _killed(run: Run, arms: list[tuple[Place, str]]) -> Pushed:
     version, run.reusable = run.next_version(), False
     run.seeds[version] = run.new_seed()
-    sender = SenderProcess([call for _, call in run.calls], run.seeds[version], run.timeout_s, arms)
+    arguments = (run.seeds[version], run.timeout_s, arms)
+    sender = SenderProcess(push_once, arguments, [call for _, call in run.calls])
     try:
         if not sender.ended(_STARTING_S) or sender.outcome(1.0) is not None:
             raise Violation("the sender was to be killed and was not")
@@ -89,13 +93,10 @@ def _stopped(run: Run, seconds: float) -> Pushed:
     version, run.reusable = run.next_version(), False
     run.seeds[version] = run.new_seed()
     arms = _arms(run, "stop")
-    sender = SenderProcess([call for _, call in run.calls], run.seeds[version], run.timeout_s, arms)
+    arguments = (run.seeds[version], run.timeout_s, arms)
+    sender = SenderProcess(push_once, arguments, [call for _, call in run.calls])
     try:
-        deadline = time.monotonic() + _STARTING_S
-        while not sender.frozen():
-            if time.monotonic() > deadline:
-                raise Violation("the sender was to be frozen and was not")
-            time.sleep(0.01)
+        sender.wait_until_frozen(_STARTING_S)
         run.tripwire.struck.append(arms[-1][0])
         time.sleep(seconds)
         sender.resume()

@@ -11,12 +11,13 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 from pydantic import BaseModel
+from torch import nn
 
 from shared import errors, protocol
 from tests.faults.models import Trainer
@@ -153,16 +154,21 @@ class ServerProcess:
 # ---- a sender
 
 
-def push_once(
-    result: Connection, pipes: Sequence[Connection], seed: int, timeout_s: float, arms: Sequence[tuple[Place, str]]
-) -> None:
-    """Prepare, arm, push `Trainer(seed)`, and say what came of it."""
-    torch.set_num_threads(1)
+Arms = Sequence[tuple[Place, str]]
+
+
+def push_once(result: Connection, pipes: Sequence[Connection], seed: int, timeout_s: float, arms: Arms) -> None:
+    """Push `Trainer(seed)` to servers that are reached through `pipes`."""
     calls = [(f"server {index}", PipeCall(f"server {index}", pipe)) for index, pipe in enumerate(pipes)]
-    sender, model = WatchedSender(calls, "gloo", timeout_s), Trainer(seed)
-    actions = {"kill": killing(), "stop": stopping(), "kill soon": killing_soon(seed), "wait": waiting(2.0)}
-    planning = any(place.stage.split()[-1] in ("describe", "offer", "open") for place, _ in arms)
-    if not planning:
+    push_and_tell(result, WatchedSender(calls, "gloo", timeout_s), Trainer(seed), arms)
+
+
+def push_and_tell(result: Connection, sender: WatchedSender, model: nn.Module, arms: Arms) -> None:
+    """Prepare (unless the fault strikes there), arm, push, and say what came of it."""
+    torch.set_num_threads(1)
+    seed = model.get_parameter("model.embed_tokens.weight").sum().int().item()
+    actions = {"kill": killing(), "stop": stopping(), "kill soon": killing_soon(int(seed)), "wait": waiting(2.0)}
+    if not any(place.stage.split()[-1] in ("describe", "offer", "open") for place, _ in arms):
         sender.inner.prepare(model)
         sender.watch_plane()
     for place, action in arms:
@@ -173,13 +179,13 @@ def push_once(
 
 
 class SenderProcess:
-    """A sender in a process of its own, whose messages are answered by `calls` of this one."""
+    """A sender in a process of its own: `body(result, *arguments)`. What it sends through its pipes goes to `calls`."""
 
-    def __init__(self, calls: Sequence[Call], seed: int, timeout_s: float, arms: Sequence[tuple[Place, str]]) -> None:
+    def __init__(self, body: Callable[..., None], arguments: Sequence[Any], calls: Sequence[Call] = ()) -> None:
         pairs = [PROCESSES.Pipe() for _ in calls]
         self._result, writer = PROCESSES.Pipe(duplex=False)
-        arguments = (writer, [theirs for _, theirs in pairs], seed, timeout_s, arms)
-        self.process = PROCESSES.Process(target=push_once, args=arguments, daemon=True)
+        pipes = ([theirs for _, theirs in pairs],) if calls else ()
+        self.process = PROCESSES.Process(target=body, args=(writer, *pipes, *arguments), daemon=True)
         self.process.start()
         for end in (writer, *(theirs for _, theirs in pairs)):
             end.close()
@@ -198,6 +204,14 @@ class SenderProcess:
         """Whether it is stopped by a signal."""
         with open(f"/proc/{self.process.pid}/stat") as file:
             return file.read().rpartition(")")[2].split()[0] == "T"
+
+    def wait_until_frozen(self, timeout_s: float) -> None:
+        """Raises: TimeoutError: it is not stopped by a signal in time."""
+        deadline = time.monotonic() + timeout_s
+        while not self.frozen():
+            if time.monotonic() > deadline:
+                raise TimeoutError("the sender was to be frozen and was not")
+            time.sleep(0.01)
 
     def resume(self) -> None:
         assert self.process.pid is not None

@@ -71,12 +71,19 @@ class WatchedPlane:
 class WatchedSender:
     """An `FP8Sender` whose messages and buckets pass a tripwire."""
 
-    def __init__(self, calls: Sequence[tuple[str, Call]], plane: protocol.PlaneName, timeout_s: float) -> None:
+    def __init__(
+        self,
+        calls: Sequence[tuple[str, Call]],
+        plane: protocol.PlaneName,
+        timeout_s: float,
+        bucket_bytes: int = BUCKET_BYTES,
+    ) -> None:
         self.tripwire, self.gone = Tripwire(), threading.Event()
+        self.on_close: list[Callable[[], None]] = []
         controls: list[str | ControlClient] = [
             WatchedControl(index, name, call, self.tripwire, self.gone) for index, (name, call) in enumerate(calls)
         ]
-        self.inner = FP8Sender(controls, plane=plane, timeout_s=timeout_s, bucket_bytes=BUCKET_BYTES)
+        self.inner = FP8Sender(controls, plane=plane, timeout_s=timeout_s, bucket_bytes=bucket_bytes)
 
     def watch_plane(self) -> WatchedPlane:
         """Once it is joined: buckets pass the tripwire from here on, until the next plan."""
@@ -95,8 +102,10 @@ class WatchedSender:
         """Let go of what is held here. One that vanished tells no server."""
         if not self.gone.is_set():
             self.inner.close()
-            return
-        fleet = self.inner._fleet
-        if fleet._plane is not None:
-            fleet._plane.close()
-        fleet._pool.shutdown(wait=True)
+        else:
+            fleet = self.inner._fleet
+            if fleet._plane is not None:
+                fleet._plane.close()
+            fleet._pool.shutdown(wait=True)
+        for close in self.on_close:
+            close()
