@@ -1,4 +1,7 @@
-"""`python -m tests.faults`: the campaign. `--seed N` repeats one case; `--cases N` runs seeds 0 to N-1."""
+"""`python -m tests.faults`: the campaign against the in-memory and gloo planes. `--seed N` repeats one case.
+
+`make faults` runs it after the cases on real servers, whose results it puts into docs/faults.md beside its own.
+"""
 
 from __future__ import annotations
 
@@ -6,35 +9,50 @@ import argparse
 import logging
 import os
 import sys
-import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tests.faults.campaign import Outcome
+
+NUM_CASES = 250  # every kind at every stage on every plane, and some of them once more
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.faults")
-    parser.add_argument("--seed", type=int, action="append", help="repeat this case; may be given several times")
-    parser.add_argument("--cases", type=int, default=200)
-    parser.add_argument("--first", type=int, default=0)
+    parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
+    parser.add_argument("--seed", type=int, action="append", help="run this case only; may be given several times")
+    parser.add_argument("--cases", type=int, default=NUM_CASES, help="run seeds 0 to CASES - 1")
+    parser.add_argument("--document", type=Path, help="write the table here")
+    parser.add_argument("--real", type=Path, help="JUnit results of the cases on real servers, for the table")
     words = parser.parse_args()
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
-    from tests.faults.campaign import run_seed, warm_up
-
     logging.disable(logging.CRITICAL)
-    seeds = words.seed or range(words.first, words.first + words.cases)
+    outcomes = run(words.seed or range(words.cases))
+    from tests.faults.report import by_kind, document, summary
+
+    print("\n".join(["", *by_kind(outcomes), summary(outcomes)]))
+    if words.document is not None:
+        real = words.real if words.real is not None and words.real.exists() else None
+        words.document.write_text(document(outcomes, real), encoding="utf-8")
+    return int(any(outcome.violation for outcome in outcomes))
+
+
+def run(seeds: Iterable[int]) -> list[Outcome]:
+    from tests.faults.campaign import repeat_with, run_seed, warm_up
+
     warm_up()
-    bad = 0
+    outcomes = []
     for seed in seeds:
         outcome = run_seed(seed)
+        outcomes.append(outcome)
         verdict = "ok" if not outcome.violation else "VIOLATED"
-        print(
-            f"{seed:4} {outcome.seconds:6.1f} s  {verdict}  {outcome.case}: {outcome.push} {outcome.ends}", flush=True
-        )
+        ended = f"{outcome.push}; servers: {', '.join(outcome.ends)}"
+        print(f"{seed:4} {outcome.seconds:5.1f} s  {verdict}  {outcome.case}: {ended}", flush=True)
         if outcome.violation:
-            bad += 1
-            print(outcome.violation, f"repeat it: python -m tests.faults --seed {seed}", sep="\n", flush=True)
-    print(f"{len(seeds)} cases, {bad} violated")
-    return int(bad > 0)
+            print(outcome.violation, f"repeat it: {repeat_with(seed)}", sep="\n", flush=True)
+    return outcomes
 
 
 if __name__ == "__main__":
-    started = time.monotonic()
     sys.exit(main())

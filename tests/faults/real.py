@@ -1,4 +1,4 @@
-"""Two real SGLang servers, what they serve before and after a fault, and pushes to them from processes that can be killed.
+"""Two real SGLang servers, what they serve before and after a fault, and senders in processes that can be killed.
 
 What a version has to be, byte for byte, is not computed here: a clean push of the same weights has put it there before,
 and tests/test_server.py holds such a push against a server that loaded them from a checkpoint.
