@@ -55,14 +55,14 @@ class RealServer:
 
     def __init__(self, folder: Path, name: str, args: Sequence[str] = (), env: dict[str, str] | None = None) -> None:
         self._folder, self._name, self._args, self._env = folder, name, args, env
-        self._port, self._num_starts = free_port(), 0
+        self._port, self.num_starts = free_port(), 0
         self.start()
 
     def start(self) -> None:
         model = write_config(self._folder / "no_weights", **CHANGES)
         args = [*sglang_fp8_args(str(model), FP8BlockConfig()), *CPU_ARGS, "--admin-api-key", ADMIN_KEY, *self._args]
-        self._num_starts += 1
-        log = self._folder / f"{self._name}.{self._num_starts}.log"
+        self.num_starts += 1
+        log = self._folder / f"{self._name}.{self.num_starts}.log"
         self.inner = LocalServer(args, log, env=self._env, key=ADMIN_KEY, port=self._port)
 
     def wait(self) -> RealServer:
@@ -72,6 +72,12 @@ class RealServer:
     @property
     def url(self) -> str:
         return self.inner.url
+
+    def hang_up(self) -> None:
+        """Close the connections that this process keeps to it; the next request makes one."""
+        http = self.inner.http
+        http.close()
+        self.inner.http = httpx.Client(base_url=self.url, timeout=120.0, trust_env=False, headers=http.headers)
 
     def kill(self) -> None:
         """All of its processes at once, and nobody is told."""
@@ -121,6 +127,10 @@ class Pair:
     def other(self) -> int:
         """The weights that are not served just now."""
         return SEEDS[1] if self.served == SEEDS[0] else SEEDS[0]
+
+    @property
+    def num_starts(self) -> int:
+        return sum(server.num_starts for server in self.servers)
 
     @property
     def urls(self) -> list[str]:
@@ -186,6 +196,10 @@ class Pair:
         for server in self.servers:
             server.wait()
         self.push(self.other)
+
+    def hang_up(self) -> None:
+        for server in self.servers:
+            server.hang_up()
 
     def close(self) -> None:
         self._stack.close()
