@@ -25,7 +25,7 @@ from torch import nn
 from receiver_plugin.binding import BindingPlan, Derived
 from receiver_plugin.manifest import plan_offer
 from receiver_plugin.probe import fingerprint
-from receiver_plugin.ranks import Ranks, collect, to_wire
+from receiver_plugin.ranks import Ranks, RanksLostError, collect, gather, to_wire
 from receiver_plugin.session import Session
 from receiver_plugin.staging import Staging
 from shared import protocol as wire
@@ -122,6 +122,10 @@ class Receiver:
             if self._ranks.index == 0:
                 logger.warning("fp8sync: %s refused: %s", message.kind, error)
             return self._reply(error=to_wire(error))
+        except RanksLostError as error:  # one of them may have copied, or be dead
+            logger.exception("fp8sync: %s failed", message.kind)
+            self._fence_for(str(error))
+            return self._reply(error=to_wire(CommitError(f"the server is fenced: {error}")))
         except Exception as error:  # an escaping exception would end the server: SGLang does not catch it
             logger.exception("fp8sync: %s failed", message.kind)
             return self._reply(error=to_wire(PushError(f"{message.kind} failed: {type(error).__name__}: {error}")))
@@ -190,7 +194,7 @@ class Receiver:
 
     def _verify(self, message: wire.Verify) -> dict[str, Any]:
         transfer = self._session_of(message.session).transfer_of(message.version)
-        if not all(self._ranks.gather(transfer.done.is_set())):
+        if not all(gather(self._ranks, transfer.done.is_set())):
             return {}  # still RECEIVING: the sender asks again
         collect(self._ranks, lambda: transfer.verify(message.digests))
         transfer.verified = True  # STAGED is a word about all ranks
@@ -259,11 +263,14 @@ class Receiver:
     def weights_changed(self, by: str) -> None:
         """Another route wrote to the parameters: what is staged is void, and what is served is no version of ours."""
         logger.warning("fp8sync: fenced, the weights were changed by %s", by)
-        self._fence = f"its weights were changed by {by}"
-        if self._session is not None:
-            self._session.end_transfer(self._fence)
+        self._fence_for(f"its weights were changed by {by}")
 
     # Helpers
+
+    def _fence_for(self, reason: str) -> None:
+        self._fence = reason
+        if self._session is not None:
+            self._session.end_transfer(reason)
 
     def _session_of(self, session: str) -> Session:
         if self._session is None or self._session.id != session:
@@ -283,7 +290,7 @@ class Receiver:
         if session is None:
             return
         mine = session.transfer.dead() if session.transfer is not None else None
-        reason = next((why for why in self._ranks.gather(mine) if why is not None), None)
+        reason = next((why for why in gather(self._ranks, mine) if why is not None), None)
         if reason is not None and session.transfer is not None:
             logger.warning("fp8sync: version %d is given up: %s", session.transfer.version, reason)
             session.end_transfer(reason)

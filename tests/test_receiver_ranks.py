@@ -184,6 +184,27 @@ def test_what_one_rank_did_not_get_is_staged_on_none(server: TwoRanks, sender: F
     assert_heals(server, sender)
 
 
+def test_ranks_that_lose_each_other_before_the_copy_fence(server: TwoRanks, sender: FP8Sender) -> None:
+    """The one that is heard no more may have got its answer, and have copied: what is served then is no version."""
+    sender.push(Trainer(seed=1))
+    check = server.engines[0].flush_cache
+
+    def flush_then_lose() -> bool:
+        server.ranks[0].on_gather = server.ranks[1].on_gather = broken
+        return check()
+
+    def broken(number: int) -> None:
+        raise RuntimeError("connection closed by peer")
+
+    server.engines[0].flush_cache = server.engines[1].flush_cache = flush_then_lose  # type: ignore[method-assign]
+    with pytest.raises(errors.CommitError, match=r"fenced.*lost each other.*closed by peer"):
+        sender.push(Trainer(seed=2))
+    assert all(receiver.state == "FENCED" and receiver._version == 1 for receiver in server.receivers)
+    server.engines[0].flush_cache = server.engines[1].flush_cache = check  # type: ignore[method-assign]
+    server.ranks[0].on_gather = server.ranks[1].on_gather = lambda number: None
+    assert_heals(server, sender)
+
+
 def test_another_route_changes_the_weights_while_staged(server: TwoRanks, sender: FP8Sender) -> None:
     sender.push(Trainer(seed=1))
     sender._fleet.survey()

