@@ -32,7 +32,7 @@ class SingleRank:
 
 
 class RanksLostError(Exception):
-    """A collective failed: nobody knows what the other ranks did. No `Fp8SyncError`, for those are said by all alike."""
+    """A collective failed: nobody knows what the others did. No `Fp8SyncError`: those are said by all ranks alike."""
 
 
 def gather(ranks: Ranks, item: Any) -> list[Any]:

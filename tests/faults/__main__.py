@@ -41,10 +41,9 @@ def main() -> int:
 def run(seeds: Iterable[int]) -> list[Outcome]:
     from tests.faults.campaign import repeat_with, run_seed, warm_up
 
-    warm_up()
-    outcomes = []
+    pace, outcomes = warm_up(), []
     for seed in seeds:
-        outcome = run_seed(seed)
+        outcome = run_seed(seed, pace)
         outcomes.append(outcome)
         verdict = "ok" if not outcome.violation else "VIOLATED"
         ended = f"{outcome.push}; servers: {', '.join(outcome.ends)}"

@@ -7,11 +7,11 @@ import time
 from tests.faults.case import BETWEEN, CHECKS, COPYING
 from tests.faults.kinds import ANY
 from tests.faults.processes import SenderProcess, ServerProcess, push_once, waiting
-from tests.faults.run import FENCED, GONE, NEW, OLD, SLACK_S, Ends, Pushed, Run, Violation
+from tests.faults.run import FENCED, GONE, NEW, OLD, Ends, Pushed, Run, Violation
 from tests.faults.tripwire import Place
 
 FROZEN_S = 0.7  # beyond the deadline
-_STARTING_S = 20.0
+_STARTING_S = 60.0
 
 
 def arms_of(stage: str, victim: int, num_servers: int, bucket: int, action: str) -> list[tuple[Place, str]]:
@@ -54,7 +54,7 @@ def _killed(run: Run, arms: list[tuple[Place, str]]) -> Pushed:
         if not sender.ended(_STARTING_S) or sender.outcome(1.0) is not None:
             raise Violation("the sender was to be killed and was not")
         run.tripwire.struck.append(arms[-1][0])
-        run.give_up_at = time.monotonic() + run.timeout_s + SLACK_S
+        run.give_up_at = time.monotonic() + run.timeout_s + run.slack_s
         return Pushed("Killed")
     finally:
         sender.close()
@@ -70,7 +70,7 @@ def sender_vanished(run: Run) -> tuple[Ends, Pushed]:
         for place, _ in _arms(run, ""):
             run.sender.tripwire.arm(place, run.sender.vanish)
     pushed = run.try_push(run.new_seed())
-    run.give_up_at = time.monotonic() + run.timeout_s + SLACK_S
+    run.give_up_at = time.monotonic() + run.timeout_s + run.slack_s
     return _ends(run), pushed
 
 
@@ -100,8 +100,8 @@ def _stopped(run: Run, seconds: float) -> Pushed:
         run.tripwire.struck.append(arms[-1][0])
         time.sleep(seconds)
         sender.resume()
-        run.give_up_at = time.monotonic() + run.timeout_s + SLACK_S
-        found = sender.outcome(run.timeout_s + SLACK_S)
+        run.give_up_at = time.monotonic() + run.timeout_s + run.slack_s
+        found = sender.outcome(run.timeout_s + run.slack_s)
         assert found is not None
         return Pushed(found["kind"], found["text"], found["seconds"])
     finally:
@@ -125,7 +125,7 @@ def server_frozen(run: Run) -> tuple[Ends, Pushed]:
     pushed = run.try_push(run.new_seed(), allow_s=(2 if in_commit else 1) * run.timeout_s)
     run.tripwire.struck.append(Place(run.case.stage))
     server.resume()
-    run.give_up_at = time.monotonic() + run.timeout_s + SLACK_S
+    run.give_up_at = time.monotonic() + run.timeout_s + run.slack_s
     return Ends((OLD, NEW, FENCED) if in_commit else (OLD,), ANY if in_commit else (OLD,)), pushed
 
 

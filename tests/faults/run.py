@@ -59,10 +59,13 @@ class Pushed:
 
 
 class Run:
-    def __init__(self, case: Case) -> None:
-        self.case, self.tripwire = case, Tripwire()
+    """`pace`: how much longer than on an idle machine everything takes here; deadlines and slack grow with it."""
+
+    def __init__(self, case: Case, pace: float = 1.0) -> None:
+        self.case, self.tripwire, self.slack_s = case, Tripwire(), SLACK_S * pace
         waits = case.kind in _WAITING or case.kind.startswith("sender killed") or case.stage == "join"
-        self.timeout_s = _SHORT_S if waits or case.kind == "requests that never end" else _PATIENT_S
+        short = waits or case.kind == "requests that never end"
+        self.timeout_s = pace * (_SHORT_S if short else _PATIENT_S)
         self.own_process = case.kind in ("server killed", "server frozen")
         self.servers: list[Server | ServerProcess] = []
         self.seeds: dict[int, int] = {}  # the weights that a version stands for
@@ -153,7 +156,7 @@ class Run:
         return 1 + max(seen)
 
     def bounded(self, call: Callable[[], Any], allow_s: float = 0.0) -> Pushed:
-        found, limit = Pushed(), self.timeout_s + SLACK_S + allow_s
+        found, limit = Pushed(), self.timeout_s + self.slack_s + allow_s
 
         def run() -> None:
             nonlocal found

@@ -19,10 +19,9 @@ from tests.faults.tripwire import Place
 
 
 @pytest.fixture(scope="module", autouse=True)
-def warm() -> Iterator[None]:
+def pace() -> Iterator[float]:
     num_threads = torch.get_num_threads()
-    warm_up()
-    yield
+    yield warm_up()
     torch.set_num_threads(num_threads)
 
 
@@ -34,9 +33,9 @@ def test_every_kind_is_staged_and_drawn() -> None:
 
 
 @pytest.mark.parametrize("seed", reduced(25), ids=lambda seed: f"{seed}: {draw(seed)}")
-def test_a_fault(seed: int, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_fault(seed: int, pace: float, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("CRITICAL")  # a logged error is kept by pytest, and with it the frames and sockets it came from
-    outcome = run_seed(seed)
+    outcome = run_seed(seed, pace)
     assert not outcome.violation, f"{outcome.violation}\n{outcome.case}\nrepeat it: {repeat_with(seed)}"
 
 
