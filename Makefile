@@ -17,7 +17,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .ONESHELL:
 .SHELLFLAGS := -euc
-.PHONY: help demo test models compat lint env env-key clean
+.PHONY: help demo test models compat faults lint env env-key clean
 .DEFAULT_GOAL := help
 
 help:
@@ -25,6 +25,7 @@ help:
 	@echo 'make test   check style and types, then run all tests'
 	@echo 'make models prove every model family in every layout, on servers of its own, and write docs/models.md'
 	@echo 'make compat prove every supported SGLang release, each on servers of its own, and write docs/compat.md'
+	@echo 'make faults stage every fault, without SGLang and on real servers, and write docs/faults.md'
 	@echo 'make lint   style and types only'
 	@echo 'make env    make or update the environment (11 GB, about 3 minutes); the others do it too'
 	@echo 'make clean  remove caches and outputs; the environment stays'
@@ -47,6 +48,16 @@ models: env
 
 compat: env
 	@"$$VENV/bin/python" -m tests.compat.run
+
+faults: env
+	@mkdir -p out
+	rm -f out/faults.xml
+	status=0
+	"$$VENV/bin/python" -m pytest tests/faults/test_real.py -m faults -W ignore \
+	    --junitxml=out/faults.xml -o junit_family=xunit1 || status=$$?
+	"$$VENV/bin/python" -m tests.faults --real out/faults.xml --document out/faults.md 2>out/faults.log || status=$$?
+	mv out/faults.md docs/faults.md
+	exit "$$status"
 
 lint: env
 	@echo '== style'

@@ -36,9 +36,14 @@ class LocalServer:
     """
 
     def __init__(
-        self, args: Sequence[str], log: Path, env: dict[str, str] | None = None, key: str | None = None
+        self,
+        args: Sequence[str],
+        log: Path,
+        env: dict[str, str] | None = None,
+        key: str | None = None,
+        port: int | None = None,
     ) -> None:
-        self.port = free_port()
+        self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)

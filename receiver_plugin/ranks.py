@@ -31,8 +31,23 @@ class SingleRank:
         return [item]
 
 
+class RanksLostError(Exception):
+    """A collective failed: nobody knows what the others did. No `Fp8SyncError`: those are said by all ranks alike."""
+
+
+def gather(ranks: Ranks, item: Any) -> list[Any]:
+    """`item` of every rank, on every rank. Raises: RanksLostError."""
+    try:
+        return ranks.gather(item)
+    except Exception as error:
+        raise RanksLostError(f"its ranks lost each other: {type(error).__name__}: {error}") from error
+
+
 def collect(ranks: Ranks, step: Callable[[], Any]) -> list[Any]:
-    """The results of `step` of all ranks. If it failed on any, that error is raised on all: none goes on alone."""
+    """The results of `step` of all ranks. If it failed on any, that error is raised on all: none goes on alone.
+
+    Raises: RanksLostError.
+    """
     mine: Any = None
     failure: wire.WireError | None = None
     try:
@@ -42,7 +57,7 @@ def collect(ranks: Ranks, step: Callable[[], Any]) -> list[Any]:
     except Exception as error:
         logger.exception("fp8sync: a step failed on rank %d", ranks.index)
         failure = to_wire(PushError(f"{type(error).__name__}: {error}"))
-    outcomes = ranks.gather((failure, mine))
+    outcomes = gather(ranks, (failure, mine))
     failed = [(rank, found) for rank, (found, _) in enumerate(outcomes) if found is not None]
     if failed:
         rank, found = failed[0]

@@ -25,7 +25,7 @@ from torch import nn
 from receiver_plugin.binding import BindingPlan, Derived
 from receiver_plugin.manifest import plan_offer
 from receiver_plugin.probe import fingerprint
-from receiver_plugin.ranks import Ranks, collect, to_wire
+from receiver_plugin.ranks import Ranks, RanksLostError, collect, gather, to_wire
 from receiver_plugin.session import Session
 from receiver_plugin.staging import Staging
 from shared import protocol as wire
@@ -39,6 +39,7 @@ from shared.errors import (
     SessionLostError,
     StaleVersionError,
 )
+from shared.planes import ReceiveHalf, open_receiver
 
 logger = logging.getLogger(__name__)
 
@@ -65,10 +66,23 @@ class Engine(Protocol):
 
 
 class Receiver:
-    """One per rank and model. `fence` is why the start-up weights must not be served, or None."""
+    """One per rank and model. `fence` is why the start-up weights must not be served, or None.
 
-    def __init__(self, model: nn.Module, engine: Engine, ranks: Ranks, fence: str | None = None) -> None:
+    `make_staging` and `join` are a test's way to put faults on the staging and on the data plane of one rank.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        engine: Engine,
+        ranks: Ranks,
+        fence: str | None = None,
+        *,
+        make_staging: Callable[..., Staging] = Staging,
+        join: Callable[[wire.Rendezvous, int], ReceiveHalf] = open_receiver,
+    ) -> None:
         self._model, self._engine, self._ranks = model, engine, ranks
+        self._make_staging, self._join = make_staging, join
         self._incarnation = ranks.gather(uuid.uuid4().hex)[0]
         self._fence = next((reason for reason in ranks.gather(fence) if reason), None)
         self._version = 0
@@ -108,6 +122,10 @@ class Receiver:
             if self._ranks.index == 0:
                 logger.warning("fp8sync: %s refused: %s", message.kind, error)
             return self._reply(error=to_wire(error))
+        except RanksLostError as error:  # one of them may have copied, or be dead
+            logger.exception("fp8sync: %s failed", message.kind)
+            self._fence_for(str(error))
+            return self._reply(error=to_wire(CommitError(f"the server is fenced: {error}")))
         except Exception as error:  # an escaping exception would end the server: SGLang does not catch it
             logger.exception("fp8sync: %s failed", message.kind)
             return self._reply(error=to_wire(PushError(f"{message.kind} failed: {type(error).__name__}: {error}")))
@@ -144,8 +162,9 @@ class Receiver:
         self._planned_for = message.incarnation
 
         def start() -> None:
-            staging = Staging(self._model, plan, layout)
-            self._session = Session(message, layout, staging, message.rendezvous.first_rank + self._ranks.index)
+            staging = self._make_staging(self._model, plan, layout)
+            rank = message.rendezvous.first_rank + self._ranks.index
+            self._session = Session(message, layout, staging, lambda: self._join(message.rendezvous, rank))
 
         try:
             collect(self._ranks, start)
@@ -175,9 +194,10 @@ class Receiver:
 
     def _verify(self, message: wire.Verify) -> dict[str, Any]:
         transfer = self._session_of(message.session).transfer_of(message.version)
-        if not all(self._ranks.gather(transfer.done.is_set())):
+        if not all(gather(self._ranks, transfer.done.is_set())):
             return {}  # still RECEIVING: the sender asks again
         collect(self._ranks, lambda: transfer.verify(message.digests))
+        transfer.verified = True  # STAGED is a word about all ranks
         return {}
 
     def _prepare(self, message: wire.Prepare | wire.Hold | wire.Commit) -> dict[str, Any]:
@@ -198,7 +218,7 @@ class Receiver:
         self._fence = f"version {message.version} was copied in part only"  # until every rank says otherwise
         try:
             collect(self._ranks, lambda: self._copy(session))
-            self._engine.publish(message.version)
+            collect(self._ranks, lambda: self._engine.publish(message.version))
         except Exception as error:
             self._fence = f"{self._fence}: {error}"
             session.end_transfer(self._fence)
@@ -248,11 +268,14 @@ class Receiver:
     def weights_changed(self, by: str) -> None:
         """Another route wrote to the parameters: what is staged is void, and what is served is no version of ours."""
         logger.warning("fp8sync: fenced, the weights were changed by %s", by)
-        self._fence = f"its weights were changed by {by}"
-        if self._session is not None:
-            self._session.end_transfer(self._fence)
+        self._fence_for(f"its weights were changed by {by}")
 
     # Helpers
+
+    def _fence_for(self, reason: str) -> None:
+        self._fence = reason
+        if self._session is not None:
+            self._session.end_transfer(reason)
 
     def _session_of(self, session: str) -> Session:
         if self._session is None or self._session.id != session:
@@ -272,7 +295,7 @@ class Receiver:
         if session is None:
             return
         mine = session.transfer.dead() if session.transfer is not None else None
-        reason = next((why for why in self._ranks.gather(mine) if why is not None), None)
+        reason = next((why for why in gather(self._ranks, mine) if why is not None), None)
         if reason is not None and session.transfer is not None:
             logger.warning("fp8sync: version %d is given up: %s", session.transfer.version, reason)
             session.end_transfer(reason)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -17,7 +18,7 @@ from receiver_plugin.staging import Staging
 from shared.buckets import Layout
 from shared.digest import digest
 from shared.errors import Fp8SyncError, TransferError
-from shared.planes import ReceiveHalf, open_receiver
+from shared.planes import ReceiveHalf
 from shared.protocol import Open
 
 logger = logging.getLogger(__name__)
@@ -62,11 +63,12 @@ class Transfer:
         wrong = [index for index, (got, sent) in enumerate(zip(self.digests, digests, strict=True)) if got != sent]
         if wrong:
             raise TransferError(f"the bytes of bucket(s) {wrong} are not those that were sent")
-        self.verified = True
 
 
 class Session:
-    def __init__(self, opened: Open, layout: Layout, staging: Staging, rank: int) -> None:
+    """`join` opens this rank's half of the data plane; it may block."""
+
+    def __init__(self, opened: Open, layout: Layout, staging: Staging, join: Callable[[], ReceiveHalf]) -> None:
         self.id, self.sender = opened.session, opened.sender
         self._staging: Staging | None = staging
         self.transfer: Transfer | None = None
@@ -75,7 +77,7 @@ class Session:
         self._wake = threading.Condition()
         self._pending: Transfer | None = None
         self._closed = False
-        self._thread = threading.Thread(target=self._run, args=(opened, rank), name="fp8sync-receive", daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(join,), name="fp8sync-receive", daemon=True)
         self._thread.start()
 
     @property
@@ -114,11 +116,11 @@ class Session:
         self._thread.join(timeout=0.2)
         self._staging = None
 
-    def _run(self, opened: Open, rank: int) -> None:
+    def _run(self, join: Callable[[], ReceiveHalf]) -> None:
         plane: ReceiveHalf | None = None
         failure: str | None = None
         try:
-            plane = open_receiver(opened.rendezvous, rank)
+            plane = join()
         except Fp8SyncError as error:
             failure = str(error)
         except Exception as error:
@@ -129,6 +131,9 @@ class Session:
                 failure = self._receive(plane, transfer)
             transfer.error = failure
             transfer.done.set()
+            if failure is not None and plane is not None:
+                plane.close()  # no push can come through this session: the sender learns of it now, not at its deadline
+                plane = None
         if plane is not None:
             plane.close()
 

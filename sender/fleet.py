@@ -26,6 +26,7 @@ from shared.errors import (
     Fp8SyncError,
     IncompatibleServerError,
     PushError,
+    ServerUnreachableError,
     SessionLostError,
     TransferError,
 )
@@ -36,6 +37,7 @@ from shared.planes.memory import MemoryPlane
 logger = logging.getLogger(__name__)
 
 _CONTROL_TIMEOUT_S = 60.0
+_GOODBYE_S = 10.0  # a server that does not hear that a push failed finds its connection broken, or its deadline passed
 _JOIN_TIMEOUT_S = 60.0
 _POLL_S, _LONGEST_POLL_S = 0.002, 0.05
 
@@ -65,12 +67,14 @@ class Fleet:
         self._servers = list(servers)
         self._config, self._plane_name, self._timeout_s = config, plane, timeout_s
         self._in_flight, self._strict = in_flight, strict
+        self._answer_s, self._goodbye_s = min(_CONTROL_TIMEOUT_S, timeout_s), min(_GOODBYE_S, timeout_s)
         self._make_memory_plane = make_memory_plane
         self._name = f"{socket.gethostname()}-{secrets.token_hex(4)}"
         self._pool = ThreadPoolExecutor(max_workers=len(self._servers), thread_name_prefix="fp8sync-control")
         self._incarnations: dict[str, str] = {}
         self._plane: SendHalf | None = None
         self._session = ""
+        self._silent: set[str] = set()  # servers that are not told that the session ends: they did not answer
         self._closed = False
         self._version = self._newest = 0
         self._digests: list[int] = []
@@ -186,24 +190,23 @@ class Fleet:
             self._hold()
             return self._commit_all(commit)
         finally:
-            release = wire.Release(session=self._session, version=self._version)
-            self._try_each([release] * len(self._servers), _CONTROL_TIMEOUT_S)
+            self._tell(wire.Release(session=self._session, version=self._version))
 
     def _hold(self) -> None:
         hold = wire.Hold(
             session=self._session,
             version=self._version,
             drain_s=self._timeout_s,
-            hold_s=self._timeout_s + 3 * _CONTROL_TIMEOUT_S,  # the others may drain for all of their time
+            hold_s=min(self._timeout_s + 3 * self._answer_s, wire.LONGEST_DEADLINE_S),  # others may need all their time
             in_flight=self._in_flight,
         )
-        outcomes = self._try_each([hold] * len(self._servers), self._timeout_s + _CONTROL_TIMEOUT_S)
+        outcomes = self._try_each([hold] * len(self._servers), self._timeout_s + self._answer_s)
         if errors := [outcome for outcome in outcomes if isinstance(outcome, Exception)]:
             raise errors[0]
 
     def _commit_all(self, commit: wire.Commit) -> float:
         answered: dict[str, float] = {}
-        outcomes = self._try_each([commit] * len(self._servers), self._timeout_s + _CONTROL_TIMEOUT_S, answered)
+        outcomes = self._try_each([commit] * len(self._servers), self._timeout_s + self._answer_s, answered)
         failed = {name: found for name, found in zip(self.names, outcomes, strict=True) if isinstance(found, Exception)}
         if len(failed) == len(outcomes) == 1:
             raise next(iter(failed.values()))
@@ -219,7 +222,7 @@ class Fleet:
         logger.warning("fp8sync: push%s failed: %s", which, str(reason).splitlines()[0] if str(reason) else reason)
         if self._session:
             abort = wire.Abort(session=self._session, version=self._version, reason=str(reason)[:500])
-            self._try_each([abort] * len(self._servers), _CONTROL_TIMEOUT_S)
+            self._tell(abort)
         self.close_session(str(reason))
 
     # At the end
@@ -232,8 +235,9 @@ class Fleet:
             self._plane.close()
             self._plane = None
         if self._session:
-            self._try_each([wire.Close(session=self._session)] * len(self._servers), _CONTROL_TIMEOUT_S)
+            self._tell(wire.Close(session=self._session))
             self._session = ""
+        self._silent.clear()
 
     def close(self) -> None:
         self.close_session("the sender is closed")
@@ -248,11 +252,24 @@ class Fleet:
         return self._each_its_own([message] * len(self._servers))
 
     def _each_its_own(self, messages: Sequence[BaseModel]) -> list[wire.Reply]:
-        outcomes = self._try_each(messages, _CONTROL_TIMEOUT_S)
+        outcomes = self._try_each(messages, self._answer_s)
         for outcome in outcomes:
             if isinstance(outcome, Exception):
                 raise outcome
         return [outcome for outcome in outcomes if not isinstance(outcome, Exception)]
+
+    def _tell(self, message: BaseModel) -> None:
+        """Tell all servers that still answer, whatever they say to it."""
+
+        def tell(server: ControlClient) -> None:
+            try:
+                server.call(message, self._goodbye_s)
+            except ServerUnreachableError:
+                self._silent.add(server.name)
+            except Fp8SyncError as error:
+                logger.debug("fp8sync: %s", error)
+
+        list(self._pool.map(tell, [server for server in self._servers if server.name not in self._silent]))
 
     def _try_each(
         self, messages: Sequence[BaseModel], timeout_s: float, answered: dict[str, float] | None = None

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from receiver_plugin.probe import fingerprint
 from receiver_plugin.ranks import SingleRank
 from receiver_plugin.receiver import Receiver
+from receiver_plugin.staging import Staging
 from receiver_plugin.startup import fence_reason
 from sender import FP8Sender, Shard, export_checkpoint
 from sender.control import ControlClient
@@ -255,6 +256,41 @@ def test_a_session_that_is_closed_mid_push_fails_the_push() -> None:
         assert fingerprint(server.model) == before
         sender.push(model)
     assert fingerprint(server.model) == expected(model)
+
+
+def test_a_bucket_of_another_size_fails_the_push_and_not_the_server() -> None:
+    """Gloo itself ends the process in which more bytes arrive than were expected."""
+    server, model = ServerProcess("server"), Trainer()
+    with FP8Sender([server], timeout_s=20.0, bucket_bytes=64 << 10) as sender:
+        plan = sender.prepare(model)
+        small, large = sorted(plan.layout.buckets, key=lambda bucket: bucket.num_bytes)[:: len(plan.layout.buckets) - 1]
+        send = sender._fleet.send
+
+        def send_the_wrong_one(bucket: torch.Tensor, number: int) -> None:
+            send(torch.zeros(large.num_bytes, dtype=torch.uint8) if number == small.index else bucket, number)
+
+        sender._fleet.send = send_the_wrong_one  # type: ignore[method-assign, assignment]
+        found = caught(sender.push, model)
+        assert found["kind"] == "TransferError" and found["seconds"] < 10.0
+        assert server.process.is_alive()
+        sender._fleet.send = send  # type: ignore[method-assign]
+        assert sender.push(model).version == 1
+
+
+def test_a_rank_that_cannot_receive_fails_the_push_at_once() -> None:
+    """Not at its deadline, which may be minutes away."""
+
+    def make_staging(*parts: Any) -> Staging:
+        staging = Staging(*parts)
+        staging._scatter[1] = ([torch.zeros(3)], [torch.zeros(5)])
+        return staging
+
+    server, model = Server(), Trainer()
+    server.receiver = Receiver(server.model, server.engine, SingleRank(), make_staging=make_staging)
+    server.control._handle = server.receiver.handle
+    with make_sender(server) as sender:
+        found = caught(sender.push, model)
+    assert found["kind"] == "TransferError" and found["seconds"] < 10.0
 
 
 # ---- what is left behind

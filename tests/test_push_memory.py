@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from pydantic import BaseModel
 
 from receiver_plugin.manifest import plan_rank
 from receiver_plugin.probe import fingerprint
@@ -378,6 +379,28 @@ def test_servers_argument_is_checked(servers: object) -> None:
 def test_an_unreachable_server() -> None:
     with FP8Sender(["http://127.0.0.1:9"], timeout_s=2.0) as sender, pytest.raises(errors.ServerUnreachableError):
         sender.push(Trainer())
+
+
+class Silent(InProcessControl):
+    """A server that answers nothing once it is told to `Begin`; it notes how long it was waited for."""
+
+    waited: tuple[float, ...] = ()
+
+    def call(self, message: BaseModel, timeout_s: float) -> protocol.Reply:
+        if isinstance(message, protocol.Begin) or self.waited:
+            self.waited = (*self.waited, timeout_s)
+            raise errors.ServerUnreachableError(f"{self.name} did not answer")
+        return super().call(message, timeout_s)
+
+
+def test_a_server_that_falls_silent_is_not_waited_for_beyond_the_deadline(server: Server) -> None:
+    silent = Silent("silent", server.receiver.handle)
+    with FP8Sender([silent], plane="memory", timeout_s=3.0) as sender:
+        with pytest.raises(errors.ServerUnreachableError):
+            sender.push(Trainer())
+        assert silent.waited == (3.0, 3.0)  # for its answer, and that it hears of the end; no second goodbye
+    assert server.receiver._session is not None
+    server.receiver.handle(protocol.Close(session=server.receiver._session.id))
 
 
 def test_a_gather_that_fails_leaves_no_server_waiting(

@@ -16,6 +16,7 @@ from receiver_plugin.staging import Staging
 from sender import FP8Sender
 from sender.control import InProcessControl
 from shared import errors, protocol
+from shared.planes import ReceiveHalf, open_receiver
 from tests.tiny_models import FakeEngine, Served, Trainer
 
 
@@ -42,6 +43,22 @@ class Engine(FakeEngine):
         return super().info(incarnation).model_copy(update={"num_ranks": 2})
 
 
+class Spoiling:
+    """Half of a data plane that changes a bit of one bucket."""
+
+    def __init__(self, inner: ReceiveHalf, rank: int, spoilt: list[int]) -> None:
+        self._inner, self._rank, self._spoilt = inner, rank, spoilt
+
+    def receive(self, bucket: torch.Tensor, timeout_s: float) -> None:
+        self._inner.receive(bucket, timeout_s)
+        if self._rank in self._spoilt:
+            self._spoilt.remove(self._rank)
+            bucket[7] ^= 1
+
+    def close(self) -> None:
+        self._inner.close()
+
+
 class TwoRanks:
     """Both ranks hold the whole model, which is enough to fall out of step."""
 
@@ -51,9 +68,18 @@ class TwoRanks:
         self.models, self.engines = [Served(), Served()], [Engine(), Engine()]
         self._pool = ThreadPoolExecutor(2)
         parts = zip(self.models, self.engines, self.ranks, strict=True)
-        made = [self._pool.submit(Receiver, *part) for part in parts]
+        self.make_staging: Callable[..., Staging] = Staging
+        self.spoilt: list[int] = []  # ranks on which the next bucket is not what was sent
+        faults: dict[str, Any] = {"make_staging": self._stage, "join": self._join}
+        made = [self._pool.submit(Receiver, *part, **faults) for part in parts]
         self.receivers = [future.result(10.0) for future in made]
         self.control = InProcessControl("two ranks", self.handle)
+
+    def _stage(self, *args: Any) -> Staging:
+        return self.make_staging(*args)
+
+    def _join(self, rendezvous: protocol.Rendezvous, rank: int) -> ReceiveHalf:
+        return Spoiling(open_receiver(rendezvous, rank), rank, self.spoilt)
 
     def handle(self, message: Any) -> protocol.Reply:
         replies = [future.result(20.0) for future in [self._pool.submit(r.handle, message) for r in self.receivers]]
@@ -91,18 +117,16 @@ def test_a_refusal_on_one_rank_at_the_start_of_a_push(server: TwoRanks, sender: 
     assert_heals(server, sender)
 
 
-def test_no_memory_for_staging_on_one_rank(
-    server: TwoRanks, sender: FP8Sender, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_memory_for_staging_on_one_rank(server: TwoRanks, sender: FP8Sender) -> None:
     def scarce(model: Any, plan: Any, layout: Any) -> Any:
         if model is server.models[1]:
             raise errors.PlanError("no memory for staging")
         return Staging(model, plan, layout)
 
-    monkeypatch.setattr("receiver_plugin.receiver.Staging", scarce)
+    server.make_staging = scarce
     with pytest.raises(errors.PlanError, match="no memory"):
         sender.push(Trainer(seed=1))
-    monkeypatch.setattr("receiver_plugin.receiver.Staging", Staging)
+    server.make_staging = Staging
     assert_heals(server, sender)
 
 
@@ -136,6 +160,49 @@ def test_a_collective_that_fails_after_the_copy_fences(server: TwoRanks, sender:
         sender.push(Trainer(seed=2))
     assert all(receiver._fence is not None for receiver in server.receivers if receiver._version == 1)
     assert any(receiver._version == 1 for receiver in server.receivers)
+
+
+def test_a_version_that_one_rank_cannot_publish_fences_both(server: TwoRanks, sender: FP8Sender) -> None:
+    publish = server.engines[1].publish
+
+    def broken(version: int) -> None:
+        raise RuntimeError("no such record")
+
+    server.engines[1].publish = broken  # type: ignore[method-assign]
+    with pytest.raises(errors.CommitError, match=r"fenced.*no such record \(rank 1 of 2\)"):
+        sender.push(Trainer())
+    assert server.handle(protocol.Describe()).state == "FENCED"
+    server.engines[1].publish = publish  # type: ignore[method-assign]
+    assert_heals(server, sender)
+
+
+def test_what_one_rank_did_not_get_is_staged_on_none(server: TwoRanks, sender: FP8Sender) -> None:
+    sender.push(Trainer(seed=1))
+    server.spoilt.append(1)
+    with pytest.raises(errors.TransferError, match=r"not those that were sent \(rank 1 of 2\)"):
+        sender.push(Trainer(seed=2))  # `handle` asserts that both ranks are in the same state
+    assert_heals(server, sender)
+
+
+def test_ranks_that_lose_each_other_before_the_copy_fence(server: TwoRanks, sender: FP8Sender) -> None:
+    """The one that is heard no more may have got its answer, and have copied: what is served then is no version."""
+    sender.push(Trainer(seed=1))
+    check = server.engines[0].flush_cache
+
+    def flush_then_lose() -> bool:
+        server.ranks[0].on_gather = server.ranks[1].on_gather = broken
+        return check()
+
+    def broken(number: int) -> None:
+        raise RuntimeError("connection closed by peer")
+
+    server.engines[0].flush_cache = server.engines[1].flush_cache = flush_then_lose  # type: ignore[method-assign]
+    with pytest.raises(errors.CommitError, match=r"fenced.*lost each other.*closed by peer"):
+        sender.push(Trainer(seed=2))
+    assert all(receiver.state == "FENCED" and receiver._version == 1 for receiver in server.receivers)
+    server.engines[0].flush_cache = server.engines[1].flush_cache = check  # type: ignore[method-assign]
+    server.ranks[0].on_gather = server.ranks[1].on_gather = lambda number: None
+    assert_heals(server, sender)
 
 
 def test_another_route_changes_the_weights_while_staged(server: TwoRanks, sender: FP8Sender) -> None:

@@ -5,13 +5,15 @@ default group, nor any `TORCHELASTIC_*` or rendezvous variable of a torchrun job
 on one interface only and the connections of the group are bound to the interface that faces the peer.
 
 Gloo moves host memory and knows no float8, so buckets travel as uint8 and are staged through a host buffer where they
-live on a GPU.
+live on a GPU. The size of a bucket goes ahead of it: gloo ends the whole process, here a server, where more bytes
+arrive than were expected.
 """
 
 from __future__ import annotations
 
 import ipaddress
 import socket
+import time
 from datetime import timedelta
 from typing import Any
 
@@ -64,6 +66,7 @@ class GroupSender:
             if self._host_buffer.numel() < bucket.numel():
                 self._host_buffer = torch.empty(bucket.numel(), dtype=torch.uint8, pin_memory=True)
             bucket = self._host_buffer[: bucket.numel()].copy_(bucket)
+        _broadcast(self._group, torch.tensor([bucket.numel()]), self._timeout_s)
         _broadcast(self._group, bucket, self._timeout_s)
 
     def close(self) -> None:
@@ -85,6 +88,11 @@ class GroupReceiver:
         self._host_buffer = torch.empty(0, dtype=torch.uint8)
 
     def receive(self, bucket: torch.Tensor, timeout_s: float) -> None:
+        started, size = time.monotonic(), torch.zeros(1, dtype=torch.int64)
+        _broadcast(self._group, size, timeout_s)
+        if size.item() != bucket.numel():
+            raise TransferError(f"a bucket of {size.item()} bytes arrived, expected {bucket.numel()}")
+        timeout_s = max(0.001, timeout_s - (time.monotonic() - started))
         if bucket.device.type == "cpu":
             _broadcast(self._group, bucket, timeout_s)
             return
@@ -111,7 +119,7 @@ def _make_group(store: Any, rendezvous: Rendezvous, rank: int, bind_host: str) -
         raise TransferError(f"the data plane did not come together in {rendezvous.timeout_s:.0f} s: {error}") from error
 
 
-def _broadcast(group: Any, bucket: torch.Tensor, timeout_s: float) -> None:
+def _broadcast(group: Any, data: torch.Tensor, timeout_s: float) -> None:
     if group is None:
         raise TransferError("the data plane is closed")
     options = dist.BroadcastOptions()
@@ -119,6 +127,6 @@ def _broadcast(group: Any, bucket: torch.Tensor, timeout_s: float) -> None:
     options.rootTensor = 0
     options.timeout = timedelta(seconds=timeout_s)
     try:
-        group.broadcast([bucket], options).wait()
+        group.broadcast([data], options).wait()
     except RuntimeError as error:
-        raise TransferError(f"a bucket of {bucket.numel()} bytes did not arrive: {error}") from error
+        raise TransferError(f"{data.nbytes} bytes of a bucket did not arrive: {error}") from error

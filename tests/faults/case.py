@@ -1,0 +1,103 @@
+"""A case of the campaign: what strikes where. Drawn from a seed, so that a number is all it takes to repeat it."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from shared.protocol import PlaneName
+
+# Points on a rank of a server, in the order of a push (`parts.py`, `server.py`).
+PLANNING = ("offer", "allocate", "join")
+RECEIVING = ("begin", "receive", "received", "scatter")
+CHECKS = ("check", "flush")
+COPYING = ("drain", "copy", "refresh", "settle", "publish")
+# Points on the sender (`sending.py`); the last: one server has committed and the others have not.
+MESSAGES = ("describe", "offer", "open", "begin", "verify", "commit")
+BETWEEN = "between commits"
+SENDING = ("ask offer", "ask open", "ask begin", "send", "ask verify", "ask commit", BETWEEN)
+BUCKETS = ("first bucket", "middle bucket", "last bucket")
+MOMENTS = ("between pushes", "while receiving", "while staged")
+
+BOTH: tuple[PlaneName, ...] = ("memory", "gloo")
+# Kind of fault -> where it may strike, and on which planes.
+KINDS: dict[str, tuple[tuple[str, ...], tuple[PlaneName, ...]]] = {
+    "exception": ((*PLANNING, *RECEIVING, *CHECKS, *COPYING), BOTH),
+    "rank lost": (("begin", "check", "copy", "publish"), BOTH),
+    "request lost": (MESSAGES, BOTH),
+    "reply lost": (MESSAGES, BOTH),
+    "byte flipped": (BUCKETS, BOTH),
+    "byte flipped on one rank": (BUCKETS, BOTH),
+    "bucket short": (BUCKETS, BOTH),
+    "bucket repeated": (BUCKETS, BOTH),
+    "bucket dropped": (BUCKETS, BOTH),
+    "buckets swapped": (BUCKETS[:2], BOTH),
+    "sender killed": (SENDING, ("gloo",)),
+    "sender killed in mid-bucket": (BUCKETS, ("gloo",)),
+    "sender vanished": (SENDING, ("memory",)),
+    "sender frozen": (SENDING, BOTH),
+    "server killed": (("offer", "allocate", *RECEIVING, *CHECKS, *COPYING), ("gloo",)),
+    "server frozen": (("offer", "begin", "received", "check", "copy"), ("gloo",)),
+    "server restarted": (MOMENTS, BOTH),
+    "stock update": (MOMENTS, BOTH),
+    "memory released": (MOMENTS, BOTH),
+    "model moved": (MOMENTS, BOTH),
+    "model changed": (("between pushes",), BOTH),
+    "second sender": (("while receiving", "while staged"), BOTH),
+    "second push of one sender": (("while receiving",), BOTH),
+    "requests that never end": (("ask commit",), BOTH),
+    "generation paused": (("ask commit",), BOTH),
+    "late message": (("begin", "verify", "prepare", "commit", "abort", "close"), BOTH),
+    "stale version": (("ask begin",), BOTH),
+}
+SLOW = ("sender killed", "sender killed in mid-bucket", "server killed", "server frozen")  # they start processes
+
+
+@dataclass(frozen=True)
+class Case:
+    """`warm`: the servers serve a version already, and the sender has its plan. Else they start fenced."""
+
+    seed: int
+    kind: str
+    stage: str
+    plane: PlaneName
+    num_servers: int
+    tp_size: int
+    server: int
+    rank: int
+    warm: bool
+
+    def __str__(self) -> str:
+        place = f"server {self.server} of {self.num_servers}, rank {self.rank} of {self.tp_size}"
+        return f"{self.kind}, {self.stage} ({self.plane}, {place}, {'warm' if self.warm else 'first push'})"
+
+
+def places() -> list[tuple[str, str, PlaneName]]:
+    """Every kind at every stage on every plane."""
+    return [(kind, stage, plane) for kind, (stages, planes) in KINDS.items() for stage in stages for plane in planes]
+
+
+def draw(seed: int) -> Case:
+    """Seeds in a row go through all places; the rest of the case is drawn."""
+    every = places()
+    kind, stage, plane = every[seed % len(every)]
+    dice = random.Random(seed)
+    num_servers, tp_size = dice.choice((1, 2, 3)), dice.choice((1, 1, 2))
+    if kind == "rank lost":
+        tp_size = 2
+    if stage == BETWEEN:
+        num_servers = max(2, num_servers)
+    warm = dice.random() < 0.8 or kind in ("late message", "stale version", "model moved", "model changed")
+    return Case(
+        seed, kind, stage, plane, num_servers, tp_size, dice.randrange(num_servers), dice.randrange(tp_size), warm
+    )
+
+
+def reduced(num_cases: int) -> list[int]:
+    """Seeds for a short run: spread over all kinds that start no process, each kind before one comes again."""
+    every = places()
+    by_kind = {kind: [s for s, place in enumerate(every) if place[0] == kind] for kind in KINDS if kind not in SLOW}
+    dice, found = random.Random(0), list[int]()
+    while len(found) < num_cases:
+        found += [seeds.pop(dice.randrange(len(seeds))) for seeds in by_kind.values() if seeds]
+    return found[:num_cases]
