@@ -78,7 +78,7 @@ def run(release: str) -> None:
 
 
 def recorded(release: str) -> list[dict[str, str]]:
-    """A row for each model in the last run of `release`, and one for its hooks if they failed; none if it did not run."""
+    """A row for each model in the last run of `release`, and one for its hooks if they failed."""
     results = OUT / f"{release}.xml"
     cases = read(results) if results.exists() else []
     rows = [judged(case, release) for case in cases if "model" in case]
