@@ -56,6 +56,7 @@ class Door:
         self._channel, self._ask, self._fenced = channel, ask, fenced
         self._held: _Held | None = None
         self._shutting: int | None = None
+        self._committing = asyncio.Lock()  # a held door does not open before its commit was answered
 
     @property
     def coming(self) -> int | None:
@@ -65,9 +66,12 @@ class Door:
     async def commit(self, message: wire.Commit) -> wire.Reply:
         """Of several replicas none commits before all have said that they can."""
         if message.held:
-            if self._is_held_for(message.session, message.version):
-                return await self._ask(message)
+            async with self._committing:
+                if self._is_held_for(message.session, message.version):
+                    return await self._ask(message)
             return await self._failed("its door is not held for this version, or no longer; nothing was touched")
+        if self._held is not None:
+            return await self._failed(f"its door is held for version {self._held.version}; nothing was touched")
 
         async def commit(deadline: float) -> wire.Reply:
             if self._channel.num_replicas > 1:
@@ -81,8 +85,8 @@ class Door:
 
     async def hold(self, message: wire.Hold) -> wire.Reply:
         """Shut the door and keep it shut, if the schedulers say that they could commit."""
-        if self._held is not None:
-            return await self._failed(f"its door is held for version {self._held.version}; nothing was touched")
+        if self.coming is not None:
+            return await self._failed(f"its door is shut for version {self.coming} already; nothing was touched")
         async with AsyncExitStack() as opening:
             reply = await self._shut(
                 opening, message, lambda deadline: self._ask_until_idle(_prepare(message), deadline)
@@ -94,20 +98,23 @@ class Door:
 
     async def release(self, session: str, version: int | None = None) -> None:
         """Open the door if it is held for `session` (and `version`); otherwise nothing. Idempotent."""
-        held = self._held
-        if held is None or held.session != session or version not in (None, held.version):
-            return
-        self._held = None
-        held.timer.cancel()
-        await held.opening.aclose()
+        async with self._committing:
+            held = self._held
+            if held is None or held.session != session or version not in (None, held.version):
+                return
+            self._held = None
+            held.timer.cancel()
+            await held.opening.aclose()
 
     def _is_held_for(self, session: str, version: int) -> bool:
         return self._held is not None and (self._held.session, self._held.version) == (session, version)
 
     async def _end_in_time(self, message: wire.Hold) -> None:
         await asyncio.sleep(message.hold_s)
-        held, self._held = self._held, None
-        if held is not None:
+        async with self._committing:
+            held, self._held = self._held, None
+            if held is None:
+                return
             logger.warning("fp8sync: version %d was held for %.0f s and not released", held.version, message.hold_s)
             await held.opening.aclose()
 

@@ -131,7 +131,54 @@ def test_a_second_hold_is_refused() -> None:
         return reply
 
     reply, _ = run(steps)
-    assert reply.error is not None and "held for version 4" in reply.error.message
+    assert reply.error is not None and "shut for version 4 already" in reply.error.message
+
+
+def test_of_two_holds_at_once_one_is_refused() -> None:
+    """Else the second would take the first one's place, and nobody could open the door of the first."""
+
+    async def steps(schedulers: Schedulers) -> list[protocol.Reply]:
+        schedulers.drain_s = 0.05
+        replies = await asyncio.gather(schedulers.door.hold(HOLD), schedulers.door.hold(HOLD))
+        await schedulers.door.release("s")
+        return list(replies)
+
+    replies, events = run(steps)
+    assert [reply.error is None for reply in replies] == [True, False]
+    assert events.count("shut (wait)") == events.count("open") == 1
+
+
+def test_a_commit_of_another_finds_a_held_door() -> None:
+    async def steps(schedulers: Schedulers) -> protocol.Reply:
+        await schedulers.door.hold(HOLD)
+        reply = await schedulers.door.commit(COMMIT.model_copy(update={"session": "t"}))
+        await schedulers.door.release("s")
+        return reply
+
+    reply, events = run(steps)
+    assert reply.error is not None and "held for version 4" in reply.error.message and "commit" not in events
+
+
+@pytest.mark.parametrize("by", ["release", "time"])
+def test_a_held_door_does_not_open_before_its_commit_was_answered(by: str) -> None:
+    async def steps(schedulers: Schedulers) -> None:
+        async def slow(message: Any) -> protocol.Reply:
+            await asyncio.sleep(0.2 if message.kind == "commit" else 0.0)
+            reply = await schedulers.ask(message)
+            schedulers.events.append(f"{message.kind} answered")
+            return reply
+
+        door = Door(schedulers, slow, lambda: False)
+        await door.hold(HOLD.model_copy(update={"hold_s": 0.05 if by == "time" else 5.0}))
+        commit = asyncio.create_task(door.commit(HELD))
+        await asyncio.sleep(0.01)
+        if by == "release":
+            await door.release("s", 4)
+        await commit
+        await asyncio.sleep(0.1)
+
+    _, events = run(steps)
+    assert events[-2:] == ["commit answered", "open"]
 
 
 @pytest.mark.parametrize("call", ["commit", "hold"])
