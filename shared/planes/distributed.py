@@ -80,7 +80,9 @@ class GroupReceiver:
     def __init__(self, rendezvous: Rendezvous, rank: int) -> None:
         timeout = timedelta(seconds=rendezvous.timeout_s)
         try:
-            self._store = dist.TCPStore(rendezvous.host, rendezvous.port, is_master=False, timeout=timeout)
+            self._store: dist.TCPStore | None = dist.TCPStore(
+                rendezvous.host, rendezvous.port, is_master=False, timeout=timeout
+            )
             bind_host = local_address_toward(rendezvous.host, rendezvous.port)
         except (RuntimeError, OSError) as error:
             raise TransferError(f"cannot reach the sender's store: {error}") from error
@@ -104,6 +106,7 @@ class GroupReceiver:
 
     def close(self) -> None:
         self._group = None
+        self._store = None
 
 
 def _make_group(store: Any, rendezvous: Rendezvous, rank: int, bind_host: str) -> Any:

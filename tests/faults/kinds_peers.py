@@ -51,7 +51,7 @@ def _killed(run: Run, arms: list[tuple[Place, str]]) -> Pushed:
     arguments = (run.seeds[version], run.timeout_s, arms)
     sender = SenderProcess(push_once, arguments, [call for _, call in run.calls])
     try:
-        if not sender.ended(_STARTING_S) or sender.outcome(1.0) is not None:
+        if not sender.killed(_STARTING_S) or sender.outcome(1.0) is not None:
             raise Violation("the sender was to be killed and was not")
         run.tripwire.struck.append(arms[-1][0])
         run.give_up_at = time.monotonic() + run.timeout_s + run.slack_s

@@ -196,9 +196,10 @@ class SenderProcess:
         for thread in self._threads:
             thread.start()
 
-    def ended(self, timeout_s: float) -> bool:
+    def killed(self, timeout_s: float) -> bool:
+        """Whether the signal that was armed has ended it; any other end is none of the fault."""
         self.process.join(timeout_s)
-        return self.process.exitcode is not None
+        return self.process.exitcode == -signal.SIGKILL
 
     def frozen(self) -> bool:
         """Whether it is stopped by a signal."""

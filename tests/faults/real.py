@@ -92,6 +92,8 @@ class RealServer:
         return str(self.inner.http.get("/fp8sync/info").json()["state"])
 
     def look(self) -> Seen:
+        if not self.alive():
+            return Seen("GONE", 0, "", "its process has ended", None)
         try:
             state = self.state()
             sampling = {"temperature": 0.0, "max_new_tokens": 2, "ignore_eos": True}

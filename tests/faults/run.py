@@ -264,7 +264,8 @@ class Run:
                 server.restart()
         if not (self.reusable and self.case.seed % 2):
             self.new_sender()
-        self.sender.tripwire.disarm()
+        for sender in self.senders:
+            sender.tripwire.disarm()  # an error that an action holds holds the frames that it went through
         newest = max(server.look().reply.version for server in self.servers)
         seed, version = self.new_seed(), self.next_version()
         self.push(seed)

@@ -97,7 +97,7 @@ def push_while(
 def test_a_sender_is_killed(pair: Pair, stage: str) -> None:
     sender = sender_process(pair, SHORT_S, arms_of(stage, 0, 2, 3, "kill"))
     try:
-        assert sender.ended(STARTING_S) and sender.outcome(1.0) is None
+        assert sender.killed(STARTING_S) and sender.outcome(1.0) is None
     finally:
         sender.close()
     first, second = pair.ends(SHORT_S + SLACK_S)
