@@ -106,6 +106,6 @@ class WatchedSender:
             fleet = self.inner._fleet
             if fleet._plane is not None:
                 fleet._plane.close()
-            fleet._pool.shutdown(wait=True)
+            fleet._servers._pool.shutdown(wait=True)
         for close in self.on_close:
             close()
