@@ -13,7 +13,10 @@ class Engine(Protocol):
     """What the receiver asks of the engine around it; SGLang's is in `sglang_engine`."""
 
     derived: Derived
-    memory: Memory
+
+    @property
+    def memory(self) -> Memory:
+        """Where a push may be staged."""
 
     def info(self, incarnation: str) -> wire.ServerInfo:
         """`incarnation` comes back with whatever else a plan depends on, such as where the experts lie."""

@@ -21,14 +21,14 @@ from torch import nn
 from receiver_plugin.binding import BindingPlan
 from receiver_plugin.held import destinations
 from shared.buckets import ALIGNMENT_BYTES, Layout
-from shared.errors import Fp8SyncError, PlanError
+from shared.errors import PlanError
 from shared.protocol import StagingChoice, StagingWay
 
 WAYS: tuple[StagingWay, ...] = ("reserved", "kv_pool", "in_place")
 
 
-class CannotLendError(Fp8SyncError):
-    """Why memory of the engine cannot be used for staging."""
+class CannotLendError(Exception):
+    """Why memory of the engine cannot be used for staging. It never leaves this rank."""
 
 
 class Memory(Protocol):

@@ -181,7 +181,8 @@ def _place(live: dict[str, torch.Tensor], buffers: Sequence[torch.Tensor]) -> di
     found: dict[str, list[Piece]] = {}
     left, at = list(buffers), 0
     for name, parameter in live.items():
-        pieces, start, end = [], 0, parameter.nbytes
+        pieces: list[Piece] = []
+        start, end = 0, parameter.nbytes
         while start < end or not pieces:
             if left and at == left[0].numel():
                 left, at = left[1:], 0

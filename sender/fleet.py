@@ -8,6 +8,7 @@ import secrets
 import socket
 import time
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 
@@ -29,8 +30,8 @@ _POLL_S, _LONGEST_POLL_S = 0.002, 0.05
 
 
 def longest_push_s(timeout_s: float) -> float:
-    """The most that rank 0 can spend in one push: planning, sending, verifying, committing and cleaning up."""
-    return 4 * timeout_s + _JOIN_TIMEOUT_S + 10 * CONTROL_TIMEOUT_S
+    """The most that rank 0 can spend in one push: planning, holding, sending, verifying, committing, cleaning up."""
+    return 5 * timeout_s + _JOIN_TIMEOUT_S + 10 * CONTROL_TIMEOUT_S
 
 
 class Fleet:
@@ -48,17 +49,21 @@ class Fleet:
         *,
         in_flight: wire.InFlight = "wait",
         strict: bool = False,
+        staging: wire.StagingChoice = "auto",
         make_memory_plane: Callable[[wire.Rendezvous], SendHalf] = MemoryPlane,
     ) -> None:
         self._servers = Servers(servers, timeout_s)
         self._drained_s = timeout_s + self._servers.answer_s  # an answer that waits for requests to end
         self._config, self._plane_name, self._timeout_s = config, plane, timeout_s
-        self._in_flight, self._strict = in_flight, strict
+        self._in_flight, self._strict, self._wanted = in_flight, strict, staging
         self._make_memory_plane = make_memory_plane
         self._name = f"{socket.gethostname()}-{secrets.token_hex(4)}"
         self._incarnations: dict[str, str] = {}
         self._plane: SendHalf | None = None
         self._session = ""
+        self.staging: dict[str, wire.StagingWay] = {}  # of each server, since the session was opened
+        self._shut_since: dict[str, float] = {}  # servers whose doors may be shut, and since when
+        self.stood_still_s: dict[str, float] = {}
         self._closed = False
         self._version = self._newest = 0
         self._digests: list[int] = []
@@ -66,6 +71,11 @@ class Fleet:
     @property
     def names(self) -> tuple[str, ...]:
         return self._servers.names
+
+    @property
+    def checks_first(self) -> bool:
+        """Whether a bucket must be known to be right before it is sent: some server writes it where it is served."""
+        return "in_place" in self.staging.values()
 
     # Once
 
@@ -116,7 +126,7 @@ class Fleet:
             for first in first_ranks
         ]
         self._plane = plane or self._make_memory_plane(rendezvous[0])
-        self._servers.each_its_own(
+        replies = self._servers.each_its_own(
             [
                 wire.Open(
                     sender=self._name,
@@ -124,26 +134,35 @@ class Fleet:
                     incarnation=self._incarnations[name],
                     plan_hash=plan.layout.plan_hash,
                     bucket_bytes=plan.layout.bucket_bytes,
+                    staging=self._wanted,
                     rendezvous=mine,
                 )
                 for name, mine in zip(self.names, rendezvous, strict=True)
             ]
         )
+        self.staging = {name: reply.staging for name, reply in zip(self.names, replies, strict=True) if reply.staging}
+        if len(self.staging) != len(self._servers):
+            raise PushError("a server did not say where it stages")
         if plane is not None:
             plane.join(rendezvous[0])
 
     # Every push
 
     def begin(self, version: int) -> None:
-        self._version, self._digests = version, []
-        self._servers.each(wire.Begin(session=self._session, version=version, deadline_s=self._timeout_s))
+        """From here on every server receives. Those that stage where requests run are drained first, and stay shut."""
+        self._version, self._digests, self.stood_still_s = version, [], {}
+        held = [name for name in self.names if self.staging[name] != "reserved"]
+        if held:
+            self._hold(held, "begin")
+        begin = wire.Begin(session=self._session, version=version, deadline_s=self._timeout_s)
+        self._servers.each_its_own([begin.model_copy(update={"held": name in held}) for name in self.names])
 
     def send(self, bucket: torch.Tensor, index: int) -> None:
         """Send flat uint8 `bucket`; the buffer may be reused on return."""
         if self._plane is None:
             raise SessionLostError("the data plane is closed: push again")
         self._digests.append(digest(bucket, key=index))
-        self._plane.send(bucket)
+        self._plane.send(bucket, self._digests[-1])
 
     def verify(self) -> None:
         """Return when every rank of every server holds every byte as it was sent."""
@@ -162,35 +181,44 @@ class Fleet:
         they can. Raises: CommitError: names the servers that committed and those that did not.
         """
         commit = wire.Commit(
-            session=self._session,
-            version=self._version,
-            drain_s=self._timeout_s,
-            in_flight=self._in_flight,
-            held=self._strict,
+            session=self._session, version=self._version, drain_s=self._timeout_s, in_flight=self._in_flight
         )
-        if not self._strict:
-            return self._commit_all(commit)
         try:
-            self._hold()
+            if self._strict and (open_doors := [name for name in self.names if name not in self._shut_since]):
+                self._hold(open_doors, "commit")
             return self._commit_all(commit)
         finally:
-            self._servers.tell(wire.Release(session=self._session, version=self._version))
+            self._release()
 
-    def _hold(self) -> None:
+    def _hold(self, names: Sequence[str], before: Literal["begin", "commit"]) -> None:
+        """Shut the doors of `names` until the release."""
+        arriving_s = 2 * self._timeout_s if before == "begin" else 0.0
+        hold_s = arriving_s + self._drained_s + 2 * self._servers.answer_s  # others may need it all
         hold = wire.Hold(
             session=self._session,
             version=self._version,
             drain_s=self._timeout_s,
-            hold_s=min(self._drained_s + 2 * self._servers.answer_s, wire.LONGEST_DEADLINE_S),  # others may need it all
+            hold_s=min(hold_s, wire.LONGEST_DEADLINE_S),
             in_flight=self._in_flight,
+            before=before,
         )
-        outcomes = self._servers.try_each([hold] * len(self._servers), self._drained_s)
+        self._shut_since |= dict.fromkeys(names, time.monotonic())
+        outcomes = self._servers.try_each([hold] * len(names), self._drained_s, names=names)
         if errors := [outcome for outcome in outcomes if isinstance(outcome, Exception)]:
             raise errors[0]
 
+    def _release(self) -> None:
+        if self._shut_since:
+            self._servers.tell(wire.Release(session=self._session, version=self._version), list(self._shut_since))
+        now = time.monotonic()
+        self.stood_still_s |= {name: now - since for name, since in self._shut_since.items()}
+        self._shut_since.clear()
+
     def _commit_all(self, commit: wire.Commit) -> float:
-        answered: dict[str, float] = {}
-        outcomes = self._servers.try_each([commit] * len(self._servers), self._drained_s, answered)
+        asked, answered = time.monotonic(), dict[str, float]()
+        commits = [commit.model_copy(update={"held": name in self._shut_since}) for name in self.names]
+        outcomes = self._servers.try_each(commits, self._drained_s, answered)
+        self.stood_still_s = {name: at - asked for name, at in answered.items()}
         failed = {name: found for name, found in zip(self.names, outcomes, strict=True) if isinstance(found, Exception)}
         if len(failed) == len(outcomes) == 1:
             raise next(iter(failed.values()))
@@ -222,6 +250,7 @@ class Fleet:
             self._servers.tell(wire.Close(session=self._session))
             self._session = ""
         self._servers.forgive()
+        self._shut_since.clear()
 
     def close(self) -> None:
         self.close_session("the sender is closed")

@@ -48,9 +48,16 @@ class Servers:
         return [outcome for outcome in outcomes if not isinstance(outcome, Exception)]
 
     def try_each(
-        self, messages: Sequence[BaseModel], timeout_s: float, answered: dict[str, float] | None = None
+        self,
+        messages: Sequence[BaseModel],
+        timeout_s: float,
+        answered: dict[str, float] | None = None,
+        names: Sequence[str] | None = None,
     ) -> list[wire.Reply | Exception]:
-        """Ask all servers at the same time; an error takes the place of its reply. `answered`: when each replied."""
+        """Ask all servers (or `names`) at the same time; an error takes the place of its reply.
+
+        `answered`: when each replied.
+        """
 
         def ask(server: ControlClient, message: BaseModel) -> wire.Reply | Exception:
             try:
@@ -61,10 +68,10 @@ class Servers:
                 if answered is not None:
                     answered[server.name] = time.monotonic()
 
-        return list(self._pool.map(ask, self.clients, messages))
+        return list(self._pool.map(ask, self._named(names), messages))
 
-    def tell(self, message: BaseModel) -> None:
-        """Tell all servers that still answer, whatever they say to it."""
+    def tell(self, message: BaseModel, names: Sequence[str] | None = None) -> None:
+        """Tell all servers (or `names`) that still answer, whatever they say to it."""
 
         def tell(server: ControlClient) -> None:
             try:
@@ -74,7 +81,10 @@ class Servers:
             except Fp8SyncError as error:
                 logger.debug("fp8sync: %s", error)
 
-        list(self._pool.map(tell, [server for server in self.clients if server.name not in self._silent]))
+        list(self._pool.map(tell, [server for server in self._named(names) if server.name not in self._silent]))
+
+    def _named(self, names: Sequence[str] | None) -> list[ControlClient]:
+        return [server for server in self.clients if names is None or server.name in names]
 
     def forgive(self) -> None:
         """The session is over: servers that were silent are told of the next one again."""
