@@ -2,11 +2,14 @@
 
     Commit                          shut, commit, open
     Hold ... Commit ... Release     the same in three messages: with `strict`, no server opens before all have answered
+    Hold, Begin ... Commit, Release     where a push arrives in memory that requests use (`receiver_plugin/rooms.py`)
 
 Requests under way when it shuts end first (`wait`), are put back and start over from their prompt and what they have
 generated (`retract`), or are ended (`abort`). In each case no KV cache of the old weights is left.
 
-A hold that its sender forgets ends by itself. Nothing here knows SGLang: `Channel.drained` does the work.
+A hold that its sender forgets ends by itself, and one for a push that the schedulers have given up ends soon after it.
+Before the last kind opens, the schedulers hear of it, so that nothing that was not committed is in the way of requests.
+Nothing here knows SGLang: `Channel.drained` does the work.
 """
 
 from __future__ import annotations
@@ -25,6 +28,8 @@ from shared.errors import Fp8SyncError
 logger = logging.getLogger(__name__)
 
 _DRAIN_POLL_S = 0.01
+_WATCH_S = 0.5
+_BEGIN_S = 60.0  # beyond the time that other servers have to drain
 
 
 class Drains(Protocol):
@@ -43,6 +48,7 @@ class Drains(Protocol):
 class _Held:
     session: str
     version: int
+    exclusive: bool  # what arrives uses what requests use
     opening: AsyncExitStack
     timer: asyncio.Task[None]
 
@@ -62,6 +68,19 @@ class Door:
     def coming(self) -> int | None:
         """The version for which the door is shut, or is being shut."""
         return self._held.version if self._held is not None else self._shutting
+
+    @property
+    def excludes(self) -> bool:
+        """Whether it is held for a push that no request may run beside."""
+        return self._held is not None and self._held.exclusive
+
+    async def begin(self, message: wire.Begin) -> wire.Reply:
+        if not message.held:
+            return await self._ask(message)
+        async with self._committing:
+            if self.excludes and self._is_held_for(message.session, message.version):
+                return await self._ask(message)
+        return await self._failed("its door is not held for this version, or no longer; nothing was touched")
 
     async def commit(self, message: wire.Commit) -> wire.Reply:
         """Of several replicas none commits before all have said that they can."""
@@ -93,7 +112,8 @@ class Door:
             )
             if reply.error is None:
                 timer = asyncio.create_task(self._end_in_time(message))
-                self._held = _Held(message.session, message.version, opening.pop_all(), timer)
+                exclusive = message.before == "begin"
+                self._held = _Held(message.session, message.version, exclusive, opening.pop_all(), timer)
             return reply
 
     async def release(self, session: str, version: int | None = None) -> None:
@@ -102,21 +122,46 @@ class Door:
             held = self._held
             if held is None or held.session != session or version not in (None, held.version):
                 return
-            self._held = None
             held.timer.cancel()
+            await self._open(held)
+
+    async def _open(self, held: _Held) -> None:
+        try:
+            if held.exclusive:
+                await self._ask(wire.Release(session=held.session, version=held.version))
+        finally:
+            self._held = None
             await held.opening.aclose()
 
     def _is_held_for(self, session: str, version: int) -> bool:
         return self._held is not None and (self._held.session, self._held.version) == (session, version)
 
     async def _end_in_time(self, message: wire.Hold) -> None:
-        await asyncio.sleep(message.hold_s)
+        if message.before == "begin":
+            why = await self._no_longer_needed(message)
+        else:
+            await asyncio.sleep(message.hold_s)
+            why = f"was held for {message.hold_s:.0f} s and not released"
         async with self._committing:
-            held, self._held = self._held, None
-            if held is None:
-                return
-            logger.warning("fp8sync: version %d was held for %.0f s and not released", held.version, message.hold_s)
-            await held.opening.aclose()
+            if (held := self._held) is not None:
+                logger.warning("fp8sync: version %d %s: its door opens", message.version, why)
+                await self._open(held)
+
+    async def _no_longer_needed(self, message: wire.Hold) -> str:
+        """Return when the push that the door is held for is dead, or too late; and why."""
+        start, begun, committed = time.monotonic(), False, False
+        while (held_s := time.monotonic() - start) < message.hold_s:
+            await asyncio.sleep(min(_WATCH_S, message.hold_s - held_s))
+            async with self._committing:
+                reply = await self._ask(wire.Describe())
+            if reply.error is not None:
+                continue
+            begun, committed = begun or reply.exclusive, reply.version >= message.version
+            if begun and not reply.exclusive and not committed:
+                return "was given up"
+            if not begun and not committed and held_s > message.drain_s + _BEGIN_S:
+                return "was held for and not begun"
+        return f"was held for {message.hold_s:.0f} s and not released"
 
     async def _shut(
         self,
@@ -162,7 +207,9 @@ class Door:
 
 def _prepare(message: wire.Commit | wire.Hold) -> wire.Prepare:
     prepare = wire.Prepare(session=message.session, version=message.version)
-    return prepare if isinstance(message, wire.Commit) else prepare.model_copy(update={"hold_s": message.hold_s})
+    if isinstance(message, wire.Commit):
+        return prepare
+    return prepare.model_copy(update={"hold_s": message.hold_s, "before": message.before})
 
 
 def _still_running(reply: wire.Reply) -> bool:

@@ -82,11 +82,14 @@ def start(args: Sequence[str]) -> EngineControl:
     return EngineControl(start_engine(list(args)))
 
 
-def arm() -> None:
-    """Load the plugin into engines that are made from here on, where somebody else makes them. Then `attach`."""
+def arm(staging: str = "auto") -> None:
+    """Load the plugin into engines that are made from here on, where somebody else makes them. Then `attach`.
+
+    `staging`: as `--fp8sync-staging`. Raises: ConfigError: it is none of its values.
+    """
     from receiver_plugin.entry import load
 
-    load()
+    load(staging)
 
 
 def attach(engine: Any) -> EngineControl:

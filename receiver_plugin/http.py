@@ -47,6 +47,8 @@ _OPEN_WHILE_FENCED = {
     "/release_memory_occupation",
     "/resume_memory_occupation",
 }
+# Routes that would let requests run beside a push that none may run beside.
+_NOT_WHILE_EXCLUDED = {"/pause_generation", "/continue_generation"}
 # Routes of SGLang that change weights or take them away; the schedulers fence on them, and so does this process.
 _CHANGE_WEIGHTS = {
     "/update_weights_from_disk",
@@ -120,6 +122,11 @@ class Control:
         """The version whose commit waits for requests to end, or is at work."""
         return self._door.coming
 
+    @property
+    def excludes(self) -> bool:
+        """Whether the door is held for a push that no request may run beside."""
+        return self._door.excludes
+
     async def fence(self) -> str | None:
         """Why requests must be refused, or None."""
         if not self._known:
@@ -146,11 +153,16 @@ class Control:
             return await self._door.commit(message)
         if isinstance(message, wire.Hold):
             return await self._door.hold(message)
+        if isinstance(message, wire.Begin):
+            return await self._door.begin(message)
         if isinstance(message, wire.Release):
             await self._door.release(message.session, message.version)
             return await self._ask(wire.Describe())
         if isinstance(message, wire.Abort | wire.Close):
-            await self._door.release(message.session)
+            try:
+                return await self._ask(message)  # first: what was not committed must not be in the way of requests
+            finally:
+                await self._door.release(message.session)
         return await self._ask(message)
 
     async def info(self, request: Request) -> Response:
@@ -173,19 +185,24 @@ class Control:
         except Fp8SyncError as error:
             return self._no_answer(message, error)
         except BaseException:
-            if isinstance(message, wire.Commit):  # cut off: nothing is served before the schedulers said what it did
-                self._known, self._fence = False, f"the commit of version {message.version} was cut off"
+            # Cut off: nothing is served before the schedulers said what they did.
+            if isinstance(message, wire.Commit) or (isinstance(message, wire.Release) and self._door.excludes):
+                self._known, self._fence = False, f"the {message.kind} of version {message.version} was cut off"
             raise
         if reply.version != self._published:  # also where the answer to the commit itself was lost
             self._channel.publish(reply.version)
             self._published = reply.version
         self._known, self._fence = True, reply.fence
+        if reply.exclusive and not self._door.excludes:
+            self._fence = self._fence or "a push is writing where requests would run, and its door is not shut"
         return reply
 
     def _no_answer(self, message: Any, error: Fp8SyncError) -> wire.Reply:
         if isinstance(message, wire.Commit):  # nobody knows what became of it: fail closed
             who = "no rank" if self._channel.num_replicas == 1 else "not every replica"
             self._fence = f"{who} confirmed the commit of version {message.version}: {error}"
+        elif self._door.excludes and isinstance(message, wire.Release):
+            self._fence = f"nobody confirmed that version {message.version} writes no more: {error}"
         elif not self._known:
             self._fence = f"its schedulers have not said whether their weights may be served: {error}"
         return self._reply(error)
@@ -225,6 +242,9 @@ class Gate:
         path = route_path(scope)
         if path in _CHANGE_WEIGHTS:
             await self._control.while_weights_change(self._app(scope, receive, send), path)
+        elif path in _NOT_WHILE_EXCLUDED and self._control.excludes:
+            text = f"{path} has to wait: no request may run before the push under way has ended"
+            await Response(text, status_code=409, headers={"Retry-After": "5"})(scope, receive, send)
         elif path in _OPEN_WHILE_FENCED or (reason := await self._control.fence()) is None:
             await self._app(scope, receive, send)
         elif scope["type"] == "websocket":

@@ -5,8 +5,10 @@
          +------- Abort, lost connection, expired lease ----+        failed while copying --> FENCED
                                                                      FENCED --full push--> SERVING
 
-Requests are served with the old weights up to the commit. Nothing but `_commit` writes to live parameters, and it does
-so only after every rank has every byte, with the sender's digests, in its staging image.
+Requests are served with the old weights up to the commit, or wait for it where a push arrives in memory that they use
+(`receiver_plugin.rooms`). Nothing but `_commit` writes to live parameters, and it does so only after every rank has
+every byte, with the sender's digests, in its staging image. The exception is a server that stages in place: there a
+transfer that ends without its commit fences, if it has written anything on any rank.
 
 `handle` runs on the scheduler's thread, between two batches, on all ranks with the same message; that is what makes
 the collectives of `ranks` safe. Bytes arrive on the thread of the session (`receiver_plugin.session`).
@@ -16,17 +18,20 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Collection
+from typing import Any
 
 import torch
 from torch import nn
 
-from receiver_plugin.binding import BindingPlan, Derived
+from receiver_plugin.binding import BindingPlan
+from receiver_plugin.engine_protocol import Engine
 from receiver_plugin.manifest import plan_offer
 from receiver_plugin.probe import fingerprint
 from receiver_plugin.ranks import Ranks, RanksLostError, collect, gather, to_wire
+from receiver_plugin.rooms import Need
 from receiver_plugin.session import Session
+from receiver_plugin.sessions import Sessions
 from receiver_plugin.staging import Staging
 from shared import protocol as wire
 from shared.buckets import make_layout
@@ -42,27 +47,6 @@ from shared.errors import (
 from shared.planes import ReceiveHalf, open_receiver
 
 logger = logging.getLogger(__name__)
-
-
-class Engine(Protocol):
-    """What the receiver asks of the engine around it; SGLang's is in `sglang_engine`."""
-
-    derived: Derived
-
-    def info(self, incarnation: str) -> wire.ServerInfo:
-        """`incarnation` comes back with whatever else a plan depends on, such as where the experts lie."""
-
-    def unsafe(self) -> list[str]:
-        """Why raw copies into the live parameters would be wrong just now; empty if they are right."""
-
-    def flush_cache(self) -> bool:
-        """Forget the KV cache of the old weights. False, and nothing done, while requests run."""
-
-    def synchronize(self) -> None:
-        """Return when the device has finished all forward passes that read the parameters."""
-
-    def publish(self, version: int) -> None:
-        """From here on replies carry `version`."""
 
 
 class Receiver:
@@ -88,7 +72,7 @@ class Receiver:
         self._version = 0
         self._manifest: tuple[wire.ManifestTensor, ...] | None = None
         self._plan: BindingPlan | None = None
-        self._session: Session | None = None
+        self._sessions = Sessions(ranks, engine.memory, engine.synchronize)
         self._planned_for = ""  # what the session's plan was made for, as `Engine.info` has it
         self._handlers: dict[type, Callable[[Any], dict[str, Any]]] = {
             wire.Describe: self._describe,
@@ -106,6 +90,10 @@ class Receiver:
         }
 
     @property
+    def _session(self) -> Session | None:
+        return self._sessions.current
+
+    @property
     def state(self) -> wire.ServerState:
         transfer = self._session.transfer if self._session else None
         if transfer is not None:
@@ -115,12 +103,12 @@ class Receiver:
     def handle(self, message: Any) -> wire.Reply:
         """Answer one control message. Never raises: an error becomes part of the reply."""
         try:
-            self._drop_dead_transfer()
+            self._fence_if(self._sessions.give_up_dead())
             with torch.inference_mode(False), torch.no_grad():
                 return self._reply(**self._handlers[type(message)](message))
         except Fp8SyncError as error:
             if self._ranks.index == 0:
-                logger.warning("fp8sync: %s refused: %s", message.kind, error)
+                logger.warning("fp8sync: %s refused: %s", message.kind, str(error))
             return self._reply(error=to_wire(error))
         except RanksLostError as error:  # one of them may have copied, or be dead
             logger.exception("fp8sync: %s failed", message.kind)
@@ -131,7 +119,8 @@ class Receiver:
             return self._reply(error=to_wire(PushError(f"{message.kind} failed: {type(error).__name__}: {error}")))
 
     def _reply(self, **fields: Any) -> wire.Reply:
-        return wire.Reply(state=self.state, version=self._version, fence=self._fence, **fields)
+        exclusive = self._sessions.exclusive
+        return wire.Reply(state=self.state, version=self._version, fence=self._fence, exclusive=exclusive, **fields)
 
     # Once
 
@@ -158,42 +147,56 @@ class Receiver:
         layout = make_layout(manifest, message.bucket_bytes)
         if layout.plan_hash != message.plan_hash:
             raise SessionLostError("another sender's plan took the place of yours: offer again")
-        self._end_session()
+        self._sessions.close()
         self._planned_for = message.incarnation
-
-        def start() -> None:
-            staging = self._make_staging(self._model, plan, layout)
-            rank = message.rendezvous.first_rank + self._ranks.index
-            self._session = Session(message, layout, staging, lambda: self._join(message.rendezvous, rank))
-
-        try:
-            collect(self._ranks, start)
-        except Fp8SyncError:
-            self._end_session()  # on the ranks where it succeeded, so that all ranks hold the same
-            raise
-        return {"plan_hash": layout.plan_hash}
+        rank = message.rendezvous.first_rank + self._ranks.index
+        session = self._sessions.open(
+            message,
+            layout,
+            Need.of(self._model, plan, layout),
+            lambda room: self._make_staging(self._model, plan, layout, room),
+            lambda: self._join(message.rendezvous, rank),
+        )
+        return {"plan_hash": layout.plan_hash, "staging": session.way}
 
     # Every push
 
     def _begin(self, message: wire.Begin) -> dict[str, Any]:
-        session = self._session_of(message.session)
-        if message.version <= self._version:
-            raise StaleVersionError(f"version {message.version} is not newer than {self._version}, which is served")
+        session = self._sessions.of(message.session)
+        if session.exclusive and not message.held:
+            raise CommitError(f"its staging is {session.way}, so that its door must be held first; nothing was touched")
+        self._prepare_to_begin(session, message.version)
+        try:
+            collect(self._ranks, lambda: self._make_room(session))
+        except Fp8SyncError:
+            session.give_room_back()
+            raise
+        session.begin(message.version, message.deadline_s)
+        return {}
+
+    def _prepare_to_begin(self, session: Session, version: int) -> None:
+        if version <= self._version:
+            raise StaleVersionError(f"version {version} is not newer than {self._version}, which is served")
         if session.transfer is not None:
             raise ServerBusyError(f"version {session.transfer.version} is still on its way")
 
         def check() -> None:
             self._check_safe()
             self._check_incarnation(self._planned_for)
-            if moved := session.staging.check_addresses():
-                raise SessionLostError(f"{moved} moved in memory since the plan was made: push again")
+            if session.exclusive and not self._engine.flush_cache():
+                raise ServerBusyError("requests are still running; nothing was touched")
 
         collect(self._ranks, check)
-        session.begin(message.version, message.deadline_s)
-        return {}
+
+    def _make_room(self, session: Session) -> None:
+        if session.exclusive:
+            self._engine.synchronize()  # forward passes that use the memory
+        session.make_room()
+        if moved := session.staging.check_addresses():
+            raise SessionLostError(f"{moved} moved in memory since the plan was made: push again")
 
     def _verify(self, message: wire.Verify) -> dict[str, Any]:
-        transfer = self._session_of(message.session).transfer_of(message.version)
+        transfer = self._sessions.of(message.session).transfer_of(message.version)
         if not all(gather(self._ranks, transfer.done.is_set())):
             return {}  # still RECEIVING: the sender asks again
         collect(self._ranks, lambda: transfer.verify(message.digests))
@@ -201,7 +204,10 @@ class Receiver:
         return {}
 
     def _prepare(self, message: wire.Prepare | wire.Hold | wire.Commit) -> dict[str, Any]:
-        session = self._session_of(message.session)
+        session = self._sessions.of(message.session)
+        if not isinstance(message, wire.Commit) and message.before == "begin":
+            self._prepare_to_begin(session, message.version)
+            return {}
         transfer = session.transfer_of(message.version)
         collect(self._ranks, lambda: self._ready_to_commit(session, transfer))
         if not isinstance(message, wire.Commit):
@@ -209,22 +215,25 @@ class Receiver:
         return {}
 
     def _release(self, message: wire.Release) -> dict[str, Any]:
-        """The door is the matter of the HTTP process; a receiver without one has none to open."""
+        """Requests come again: a transfer that uses what they use is over, if it was not committed."""
+        session = self._sessions.of(message.session)
+        if session.exclusive and session.transfer is not None and session.transfer.version == message.version:
+            self._fence_if(self._sessions.give_up("its door was opened before its commit"))
         return {}
 
     def _commit(self, message: wire.Commit) -> dict[str, Any]:
-        session = self._session_of(message.session)
+        session = self._sessions.of(message.session)
         self._prepare(message)
         self._fence = f"version {message.version} was copied in part only"  # until every rank says otherwise
         try:
             collect(self._ranks, lambda: self._copy(session))
             collect(self._ranks, lambda: self._engine.publish(message.version))
+            self._sessions.end_transfer("committed")
         except Exception as error:
             self._fence = f"{self._fence}: {error}"
-            session.end_transfer(self._fence)
+            self._sessions.give_up(self._fence)
             raise CommitError(f"the server is fenced: {self._fence}") from error
         self._version, self._fence = message.version, None
-        session.end_transfer("committed")
         return {}
 
     def _ready_to_commit(self, session: Session, transfer: Any) -> None:
@@ -247,23 +256,31 @@ class Receiver:
         self._engine.synchronize()
 
     def _abort(self, message: wire.Abort) -> dict[str, Any]:
-        session = self._session_of(message.session)
+        session = self._sessions.of(message.session)
         if session.transfer is not None and session.transfer.version == message.version:
             logger.warning("fp8sync: version %d aborted by the sender: %s", message.version, message.reason)
-            session.end_transfer(f"aborted by the sender: {message.reason}")
+            self._fence_if(self._sessions.give_up(f"aborted by the sender: {message.reason}"))
         return {}
 
     # At the end
 
     def _close(self, message: wire.Close) -> dict[str, Any]:
         if self._session is not None and self._session.id == message.session:
-            self._end_session()
+            self._fence_if(self._sessions.give_up("the session was closed"))
+            self._sessions.close()
         return {}
 
     def _probe(self, message: wire.Probe) -> dict[str, Any]:
         return {"probe": tuple(collect(self._ranks, lambda: fingerprint(self._model)))}
 
     # From outside
+
+    def memory_leaves(self, tags: Collection[str]) -> None:
+        """Memory of the engine is about to be released: `weights`, `kv_cache`. Nothing may write there any more."""
+        try:
+            self._fence_if(self._sessions.give_up_memory(tags))
+        except RanksLostError as error:
+            self._fence_for(str(error))
 
     def weights_changed(self, by: str) -> None:
         """Another route wrote to the parameters: what is staged is void, and what is served is no version of ours."""
@@ -272,35 +289,15 @@ class Receiver:
 
     # Helpers
 
+    def _fence_if(self, reason: str | None) -> None:
+        self._fence = reason or self._fence
+
     def _fence_for(self, reason: str) -> None:
         self._fence = reason
         if self._session is not None:
-            self._session.end_transfer(reason)
-
-    def _session_of(self, session: str) -> Session:
-        if self._session is None or self._session.id != session:
-            holder = f"sender {self._session.sender}" if self._session else "another sender"
-            raise SessionLostError(f"{holder} took over since this one planned: push again to take it back")
-        return self._session
+            self._session.end_transfer(reason)  # of this rank alone: its others may be gone
 
     def _check_incarnation(self, incarnation: str) -> None:
         if incarnation != self._engine.info(self._incarnation).incarnation:
             what = "its experts were moved" if incarnation.startswith(self._incarnation) else "the server restarted"
             raise SessionLostError(f"{what} since this sender planned; nothing was touched: push again")
-
-    def _drop_dead_transfer(self) -> None:
-        """A sender that died holds nothing: its stage is void, on all ranks alike, once its connection broke or its
-        deadline passed on one of them."""
-        session = self._session
-        if session is None:
-            return
-        mine = session.transfer.dead() if session.transfer is not None else None
-        reason = next((why for why in gather(self._ranks, mine) if why is not None), None)
-        if reason is not None and session.transfer is not None:
-            logger.warning("fp8sync: version %d is given up: %s", session.transfer.version, reason)
-            session.end_transfer(reason)
-
-    def _end_session(self) -> None:
-        if self._session is not None:
-            self._session.close()
-            self._session = None

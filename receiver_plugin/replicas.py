@@ -8,7 +8,8 @@ Each replica is a receiver of its own, with a tensor-parallel group of its own. 
     HTTP process   `merge` <-------------------------------------- every replica
 
 The server is as far as its last replica, fenced if one of them is, and fenced if they serve different versions: one URL
-never serves two of them. Ranks of the server count replica by replica. With one replica both functions change nothing.
+never serves two of them. It stages as the replica that can do least; the others do with that as well. Ranks of the
+server count replica by replica. With one replica both functions change nothing.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from receiver_plugin.rooms import WAYS
 from shared import protocol as wire
 
 _BETWEEN = "+"  # incarnations of replicas in that of their server
@@ -41,6 +43,7 @@ def merge(message: Any, replies: Sequence[wire.Reply]) -> wire.Reply:
         state=_state(replies, fence),
         version=max(reply.version for reply in replies),  # so that the next push is newer than what any of them has
         fence=fence,
+        exclusive=any(reply.exclusive for reply in replies),
         error=_error(message, replies, fence),
     )
     if merged.error is not None:
@@ -57,6 +60,7 @@ def merge(message: Any, replies: Sequence[wire.Reply]) -> wire.Reply:
             "info": _info(infos) if infos else None,
             "manifest": first.manifest,
             "plan_hash": first.plan_hash,
+            "staging": max((reply.staging for reply in replies if reply.staging), key=WAYS.index, default=None),
             "probe": tuple(probes) if probes else None,
         }
     )

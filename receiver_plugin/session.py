@@ -1,8 +1,9 @@
 """A session: one sender's plan on this rank, and the thread on which its bytes arrive.
 
 The thread joins the data plane, then waits for pushes. For each it receives every bucket into the bucket buffer, takes
-the digest, and scatters the bucket over the staging image. It never touches a live parameter and never talks to other
-ranks. An error ends the push and is kept for the next control message; the sender makes a new session after it.
+the digest, and scatters the bucket over the staging image, or over the live parameters of a server that stages in
+place. It never talks to other ranks. Once a transfer has ended, its thread writes nothing more, wherever it is. An
+error ends the push and is kept for the next control message; the sender makes a new session after it.
 """
 
 from __future__ import annotations
@@ -16,10 +17,9 @@ import torch
 
 from receiver_plugin.staging import Staging
 from shared.buckets import Layout
-from shared.digest import digest
 from shared.errors import Fp8SyncError, TransferError
 from shared.planes import ReceiveHalf
-from shared.protocol import Open
+from shared.protocol import Open, StagingWay
 
 logger = logging.getLogger(__name__)
 
@@ -27,10 +27,11 @@ logger = logging.getLogger(__name__)
 class Transfer:
     """One push under way. `done` is set when all buckets have arrived or `error` says why not."""
 
-    def __init__(self, version: int, deadline_s: float) -> None:
-        self.version = version
+    def __init__(self, version: int, deadline_s: float, staging: Staging) -> None:
+        self.version, self.staging = version, staging
         self.deadline = time.monotonic() + deadline_s
         self.done = threading.Event()
+        self.writing = threading.Lock()  # held while a bucket is taken: nothing ends a transfer in the middle of that
         self.cancelled = threading.Event()
         self.digests: list[int] = []
         self.error: str | None = None
@@ -46,13 +47,23 @@ class Transfer:
         """Stay alive for at least `seconds` from now."""
         self.deadline = max(self.deadline, time.monotonic() + seconds)
 
+    def cancel(self) -> None:
+        """On return its thread has written the last byte that it ever writes."""
+        self.cancelled.set()
+        with self.writing:
+            pass
+
     def remaining_s(self) -> float:
-        if self.cancelled.is_set():
-            raise TransferError("the push was aborted")
+        self.check_wanted()
         left = self.deadline - time.monotonic()
         if left <= 0:
             raise TransferError("the deadline of the push passed")
         return left
+
+    def check_wanted(self) -> None:
+        """Raises: TransferError: the push has ended."""
+        if self.cancelled.is_set():
+            raise TransferError("the push was aborted")
 
     def verify(self, digests: tuple[int, ...]) -> None:
         """Raises: TransferError: something did not arrive, or not as it was sent."""
@@ -66,13 +77,27 @@ class Transfer:
 
 
 class Session:
-    """`join` opens this rank's half of the data plane; it may block."""
+    """`join` opens this rank's half of the data plane; it may block. `stage` makes the staging: once where the server
+    stages in memory of its own, else for every transfer, in memory that is lent for as long.
 
-    def __init__(self, opened: Open, layout: Layout, staging: Staging, join: Callable[[], ReceiveHalf]) -> None:
+    Raises:
+        PlanError: no memory.
+    """
+
+    def __init__(
+        self,
+        opened: Open,
+        layout: Layout,
+        way: StagingWay,
+        stage: Callable[[], Staging],
+        join: Callable[[], ReceiveHalf],
+    ) -> None:
         self.id, self.sender = opened.session, opened.sender
-        self._staging: Staging | None = staging
+        self.way, self._stage = way, stage
+        self.exclusive = way != "reserved"  # its transfers use what requests use
+        self._staging: Staging | None = None if self.exclusive else stage()
         self.transfer: Transfer | None = None
-        self._ended = "never begun"
+        self.ended = "never begun"
         self._layout = layout
         self._wake = threading.Condition()
         self._pending: Transfer | None = None
@@ -83,25 +108,46 @@ class Session:
     @property
     def staging(self) -> Staging:
         if self._staging is None:
-            raise TransferError("the session was closed")
+            raise TransferError("nothing is staged: the transfer ended")
         return self._staging
 
+    @property
+    def lingers(self) -> bool:
+        """Whether its thread may still receive into the bucket buffer."""
+        return self._thread.is_alive()
+
+    def make_room(self) -> None:
+        """Take the memory that a transfer needs. Raises: PlanError."""
+        if self._staging is None:
+            self._staging = self._stage()
+
+    def give_room_back(self) -> None:
+        """Let go of memory that was only lent. Bytes of weights do not stay in it."""
+        if self._staging is not None and self.exclusive:
+            staging, self._staging = self._staging, None
+            staging.room.leave()
+
     def begin(self, version: int, deadline_s: float) -> None:
-        self.transfer = Transfer(version, deadline_s)
+        self.transfer = Transfer(version, deadline_s, self.staging)
         with self._wake:
             self._pending = self.transfer
             self._wake.notify()
 
     def transfer_of(self, version: int) -> Transfer:
         if self.transfer is None or self.transfer.version != version:
-            raise TransferError(f"version {version} is not on its way to this server: {self._ended}")
+            raise TransferError(f"version {version} is not on its way to this server: {self.ended}")
         return self.transfer
 
-    def end_transfer(self, why: str) -> None:
-        if self.transfer is not None:
-            self._ended = why
-            self.transfer.cancelled.set()
-            self.transfer = None
+    def end_transfer(self, why: str) -> bool:
+        """Whether live parameters were written to. On return nothing writes any more."""
+        if self.transfer is None:
+            return False
+        self.ended = why
+        self.transfer.cancel()
+        touched = self.transfer.staging.touched
+        self.transfer = None
+        self.give_room_back()
+        return touched
 
     def close(self) -> None:
         """Free the staging for the next session and stop the thread.
@@ -126,7 +172,10 @@ class Session:
         except Exception as error:
             logger.exception("fp8sync: joining the data plane failed")
             failure = f"{type(error).__name__}: {error}"
-        while (transfer := self._next()) is not None:
+        while True:
+            transfer = self._next()
+            if transfer is None:
+                break
             if failure is None and plane is not None:
                 failure = self._receive(plane, transfer)
             transfer.error = failure
@@ -134,6 +183,7 @@ class Session:
             if failure is not None and plane is not None:
                 plane.close()  # no push can come through this session: the sender learns of it now, not at its deadline
                 plane = None
+            transfer = None  # and with it the memory that it had
         if plane is not None:
             plane.close()
 
@@ -144,21 +194,23 @@ class Session:
             return None if self._closed else transfer
 
     def _receive(self, plane: ReceiveHalf, transfer: Transfer) -> str | None:
-        device = self.staging.bucket.device
+        staging = transfer.staging
+        device = staging.bucket.device
         stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         try:
             with torch.no_grad(), torch.cuda.stream(stream):
                 for bucket in self._layout.buckets:
-                    arrived = self.staging.bucket[: bucket.num_bytes]
-                    plane.receive(arrived, transfer.remaining_s())
-                    transfer.digests.append(digest(arrived, key=bucket.index))
-                    self.staging.scatter(bucket.index)
+                    sent = plane.receive(staging.bucket[: bucket.num_bytes], transfer.remaining_s())
+                    with transfer.writing:
+                        transfer.check_wanted()
+                        try:
+                            transfer.digests.append(staging.accept(bucket.index, sent))
+                        finally:
+                            if stream is not None:
+                                stream.synchronize()  # on errors, too: who takes the lock next may free the memory
         except Fp8SyncError as error:
             return str(error)
         except Exception as error:
             logger.exception("fp8sync: receiving version %d failed", transfer.version)
             return f"{type(error).__name__}: {error}"
-        finally:
-            if stream is not None:
-                stream.synchronize()  # on errors, too: nothing may still write when the staging is freed
         return None

@@ -25,8 +25,10 @@ from sglang.version import __version__ as SGLANG_VERSION
 from receiver_plugin.probe import ProbeOnly
 from receiver_plugin.receiver import Receiver
 from receiver_plugin.replicas import for_replica
+from receiver_plugin.reserve import AUTO
 from receiver_plugin.sglang_engine import SglangEngine, TpRanks, block_size, replica_of
 from receiver_plugin.sglang_http import run_with_control, run_with_probe
+from receiver_plugin.sglang_memory import reserve_staging, want
 from receiver_plugin.sglang_messages import Fp8SyncReqInput, Fp8SyncReqOutput
 from receiver_plugin.sglang_refusals import check_server_args as check_server_args
 from receiver_plugin.sglang_requests import change_weights, generate, send
@@ -41,6 +43,7 @@ _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler.init_request_dispatcher"
 _HTTP = "sglang.srt.entrypoints.http_server._setup_and_run_http_server"
 _MANAGER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
 _UPDATER = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
+_RUNNER = "sglang.srt.model_executor.model_runner.ModelRunner.alloc_memory_pool"
 _UPDATES = ("update_weights_from_disk", "update_weights_from_distributed", "update_weights_from_tensor")
 _MANAGER_UPDATES = ("update_weights_from_ipc", "release_memory_occupation", "resume_memory_occupation", "check_weights")
 
@@ -52,11 +55,17 @@ _keep_on_host = False  # whether SGLang restores the weights when their memory i
 # Installing
 
 
-def install(probe_only: bool = False) -> None:
-    """Hook this process, once. Raises: IncompatibleServerError: SGLang has changed; names all that is missing."""
+def install(probe_only: bool = False, staging: str = AUTO) -> None:
+    """Hook this process, once. `staging`: as `--fp8sync-staging`.
+
+    Raises:
+        IncompatibleServerError: SGLang has changed; names all that is missing.
+        ConfigError: `staging` is none of the flag's values.
+    """
     global _installed
     if _installed:
         return
+    want(staging)
     hooks = _PROBE_HOOKS if probe_only else _HOOKS
     targets = [target for target, _, _ in hooks]
     if missing := [*(name for name in targets if not exists(name)), *missing_names(SGLANG_VERSION)]:
@@ -133,11 +142,19 @@ def _after_update(result: Any, updater: Any, request: Any, *rest: Any, **more: A
         _receiver.weights_changed(f"{type(request).__name__.removesuffix('ReqInput')}, a route of SGLang")
 
 
-def _after_memory_call(result: Any, updater: Any, request: Any, *rest: Any, **more: Any) -> None:
+def _release(original: Any, updater: Any, request: Any, *rest: Any, **more: Any) -> Any:
+    """Around a release of memory: what arrives there must have stopped before, or it would be written to no memory."""
+    if _receiver is not None:
+        _receiver.memory_leaves(request.tags or ("weights", "kv_cache"))
+    return _after_memory_call(original(updater, request, *rest, **more), updater, request)
+
+
+def _after_memory_call(result: Any, updater: Any, request: Any, *rest: Any, **more: Any) -> Any:
     """Weights whose memory was released come back undefined, unless SGLang kept a copy on the host."""
-    whole = request.tags is None or "weights" in request.tags
+    whole = not request.tags or "weights" in request.tags
     if _receiver is not None and whole and not _keep_on_host:
         _receiver.weights_changed("a release of their memory")
+    return result
 
 
 def _after_check(result: Any, updater: Any, request: Any, *rest: Any, **more: Any) -> None:
@@ -146,6 +163,7 @@ def _after_check(result: Any, updater: Any, request: Any, *rest: Any, **more: An
 
 
 _HOOKS: tuple[tuple[str, Any, HookType], ...] = (
+    (_RUNNER, reserve_staging, HookType.AROUND),
     (_SCHEDULER, _attach_receiver, HookType.AFTER),
     (_HTTP, run_with_control, HookType.AROUND),
     (f"{_MANAGER}.generate_request", generate, HookType.AROUND),
@@ -153,7 +171,7 @@ _HOOKS: tuple[tuple[str, Any, HookType], ...] = (
     (f"{_MANAGER}._send_batch_request", send, HookType.AROUND),
     *((f"{_MANAGER}.{name}", change_weights, HookType.AROUND) for name in (*_UPDATES, *_MANAGER_UPDATES)),
     *((f"{_UPDATER}.{name}", _after_update, HookType.AFTER) for name in (*_UPDATES, "update_weights_from_ipc")),
-    (f"{_UPDATER}.release_memory_occupation", _after_memory_call, HookType.AFTER),
+    (f"{_UPDATER}.release_memory_occupation", _release, HookType.AROUND),
     (f"{_UPDATER}.resume_memory_occupation", _after_memory_call, HookType.AFTER),
     (f"{_UPDATER}.check_weights", _after_check, HookType.AFTER),
 )

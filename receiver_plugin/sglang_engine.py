@@ -14,6 +14,7 @@ from sglang.version import __version__ as SGLANG_VERSION
 
 from receiver_plugin.binding import Derived
 from receiver_plugin.sglang_derived import SglangDerived, unknown_tensors
+from receiver_plugin.sglang_memory import SglangMemory
 from receiver_plugin.sglang_refusals import Backends, refused_copies, refused_layers
 from shared import protocol as wire
 from shared.errors import IncompatibleServerError
@@ -55,6 +56,7 @@ class SglangEngine:
     def __init__(self, scheduler: Any, model: torch.nn.Module) -> None:
         self._scheduler, self._model = scheduler, model
         self.derived: Derived = SglangDerived(model)
+        self.memory = SglangMemory(scheduler)
         self._on_gpu = next(model.parameters()).is_cuda
         self._capability = _capability() if self._on_gpu else (0, 0)
         self.placement()  # releases that keep these elsewhere do not start

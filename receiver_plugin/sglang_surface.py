@@ -19,6 +19,7 @@ _UPDATE_ERROR = (
 )
 # Dotted name -> the parameters that are passed or read by name.
 NAMES: dict[str, tuple[str, ...]] = {
+    "sglang.srt.distributed.get_tp_group": (),
     "sglang.srt.entrypoints.engine.Engine": (),
     "sglang.srt.entrypoints.http_server.app": (),
     "sglang.srt.entrypoints.http_server._setup_and_run_http_server": ("tokenizer_manager", "execute_warmup_func"),
@@ -51,6 +52,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     _UPDATE_ERROR: (),
     "sglang.srt.plugins.load_plugins": (),
     "sglang.srt.server_args.prepare_server_args": (),
+    "sglang.srt.utils.common.get_available_gpu_memory": (),
     "sglang.srt.utils.auth.AuthLevel.ADMIN_OPTIONAL": (),
     "sglang.srt.utils.auth.auth_level": (),
     "sglang.utils.TypeBasedDispatcher.__iadd__": (),
@@ -81,9 +83,10 @@ SINCE = {
 }
 # Of objects, when fp8sync is attached to them.
 SCHEDULER = (
-    *("_engine_paused", "_request_dispatcher", "enable_hicache_storage", "server_args"),
+    *("_engine_paused", "_request_dispatcher", "enable_hicache_storage", "enable_hierarchical_cache", "server_args"),
     "waiting_queue",
     *("tp_group.cpu_group", "tp_group.rank_in_group", "tp_group.world_size"),
+    "tp_worker.model_runner.token_to_kv_pool",
     *("tp_worker.model_runner.model", "tp_worker.model_runner.model_config.hf_config", "weight_updater.offload_tags"),
 )
 MANAGER = (
@@ -91,6 +94,10 @@ MANAGER = (
     *("model_update_lock._cond", "model_update_lock._lock", "model_update_lock._readers"),
     *("model_update_lock.acquire_writer", "model_update_lock.release_writer"),
     "event_loop",
+)
+RUNNER = (
+    *("device", "gpu_id", "is_draft_worker", "mem_fraction_static", "model", "pre_model_load_memory"),
+    "server_args.max_total_tokens",
 )
 ENGINE = ("loop", "tokenizer_manager")
 _SERVER_ARGS_CLASS = "sglang.srt.server_args.ServerArgs"

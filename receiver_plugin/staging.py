@@ -1,16 +1,19 @@
-"""Staging: a byte image of what a push will change, filled while requests are served, copied at commit.
+"""Staging: what a push will change, filled while it arrives, copied at commit.
 
-`prepare` resolves the binding plan once into pairs of views; per push there is no name, no shape and no lookup:
+All is resolved once into pairs of views; when a bucket comes there is no name, no shape and no lookup:
 
-    scatter(i)   bucket buffer -> image     one grouped copy a bucket, any time
+    accept(i)    bucket buffer -> image     one grouped copy a bucket
     commit()     image -> live parameters   one grouped copy, in place; addresses never change
 
-The image is as large as the parameters of this rank and lies on their device.
+The image is as large as the parameters of this rank and lies in a `Room`: one piece of memory, or several, among which
+parameters are cut wherever one ends. A room without an image has the live parameters themselves in its place.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -18,56 +21,72 @@ from torch import nn
 from receiver_plugin.binding import BindingPlan
 from receiver_plugin.held import destinations
 from receiver_plugin.recorder import Copy
-from shared.buckets import ALIGNMENT_BYTES, Layout, Slot
-from shared.errors import PlanError
+from receiver_plugin.rooms import Need, Room, aligned, own_room
+from receiver_plugin.windows import View
+from shared.buckets import Layout, Slot
+from shared.coverage import Box
+from shared.digest import digest
+from shared.errors import TransferError
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
-@dataclass(frozen=True)
-class _Target:
+class Piece(NamedTuple):
+    """Elements of a parameter from number `start` on; `tensor` has its element type."""
+
+    start: int
+    tensor: torch.Tensor
+
+
+class _Target(NamedTuple):
     parameter: torch.Tensor
-    image: torch.Tensor
     data_ptr: int
+    pieces: list[Piece]
+
+    def windows(self, view: View) -> Iterator[tuple[torch.Tensor, Box | None]]:
+        """`view` of the parameter, as windows of its pieces; with each its box in `view`, None for all of it."""
+        if len(self.pieces) == 1:
+            yield view.of(self.pieces[0].tensor), None
+            return
+        for box in cut(view, [piece.start for piece in self.pieces[1:]]):
+            part = view.window(box)
+            piece = self.pieces[bisect_right(self.pieces, part.offset, key=lambda piece: piece.start) - 1]
+            yield part._replace(offset=part.offset - piece.start).of(piece.tensor), box
 
 
 class Staging:
-    """Buffers and resolved copies of one plan on one rank.
+    """Buffers and resolved copies of one plan on one rank. Without a `room`, in memory of its own.
 
     Raises:
         PlanError: no memory for image and bucket buffer.
     """
 
-    def __init__(self, model: nn.Module, plan: BindingPlan, layout: Layout) -> None:
-        parameters = destinations(model)
-        touched = dict.fromkeys([*(c.parameter for c in plan.copies), *(f.parameter for f in plan.fills)])
-        device = next(iter(parameters.values())).device
-        sizes = {name: -(-parameters[name].nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES for name in touched}
-        try:
-            self.image = torch.empty(sum(sizes.values()), dtype=torch.uint8, device=device)
-            self.bucket = torch.empty(layout.largest_bucket_bytes, dtype=torch.uint8, device=device)
-        except RuntimeError as error:  # torch.OutOfMemoryError on a GPU, a plain RuntimeError on a CPU
-            need = sum(sizes.values()) + layout.largest_bucket_bytes
-            raise PlanError(
-                f"no memory for {need / 1e9:.2f} GB of staging on {device}: "
-                f"start the server with a lower --mem-fraction-static ({error})"
-            ) from error
+    def __init__(self, model: nn.Module, plan: BindingPlan, layout: Layout, room: Room | None = None) -> None:
+        need = Need.of(model, plan, layout)
+        self.room = room or own_room(need)
+        self.bucket = self.room.bucket
         self.plan = plan
+        self.touched = False  # whether live parameters were written to
+        self._in_place = self.room.way == "in_place"
         self._model, self._layout = model, layout
-        self._targets: dict[str, _Target] = {}
-        offset = 0
-        for name, size in sizes.items():
-            parameter = parameters[name].detach()
-            window = self.image[offset : offset + parameter.nbytes].view(parameter.dtype).view(parameter.shape)
-            self._targets[name] = _Target(parameter, window, parameter.data_ptr())
-            offset += size
-        for fill in plan.fills:
-            fill.parameter_view.of(self._targets[fill.parameter].image).fill_(fill.value)
+        parameters = destinations(model)
+        live = {name: parameters[name].detach() for name in need.sizes}
+        places = (
+            {name: [Piece(0, p)] for name, p in live.items()} if self._in_place else _place(live, self.room.buffers)
+        )
+        self._targets = {name: _Target(p, p.data_ptr(), places[name]) for name, p in live.items()}
+        if not self._in_place:
+            self._fill()
         self._scatter = self._resolve(plan.copies)
 
     @property
     def num_bytes(self) -> int:
-        return self.image.numel() + self.bucket.numel()
+        return sum(buffer.numel() for buffer in self.room.buffers) + self.bucket.numel()
+
+    def _fill(self) -> None:
+        for fill in self.plan.fills:
+            for window, _ in self._targets[fill.parameter].windows(fill.parameter_view):
+                window.fill_(fill.value)
 
     def _resolve(self, copies: tuple[Copy, ...]) -> list[tuple[list[torch.Tensor], list[torch.Tensor]]]:
         by_source: dict[str, list[Copy]] = {}
@@ -82,20 +101,32 @@ class Staging:
         for slot in slots:
             arrived = slot.view(self.bucket)
             for copy in by_source.get(slot.name, ()):
-                target, source = (
-                    copy.parameter_view.of(self._targets[copy.parameter].image),
-                    copy.source_view.of(arrived),
-                )
-                if target.dtype == source.dtype and target.dtype.itemsize == 1:
-                    target, source = target.view(torch.uint8), source.view(torch.uint8)
-                to.append(target)
-                of.append(source)
+                source = copy.source_view.of(arrived)
+                for target, box in self._targets[copy.parameter].windows(copy.parameter_view):
+                    part = source if box is None else _part(source.expand(copy.parameter_view.size), box)
+                    if target.dtype == part.dtype and target.dtype.itemsize == 1:
+                        target, part = target.view(torch.uint8), part.view(torch.uint8)
+                    to.append(target)
+                    of.append(part)
         return to, of
 
+    def accept(self, index: int, sent: int) -> int:
+        """Take bucket `index`, which lies in `self.bucket`, and return its digest. `sent`: the one sent ahead of it.
+
+        Raises:
+            TransferError: in place, the bytes are not those that were sent; none of them was written.
+        """
+        found = digest(self.bucket[: self._layout.buckets[index].num_bytes], key=index)
+        if self._in_place and found != sent:
+            raise TransferError(f"the bytes of bucket(s) [{index}] are not those that were sent")
+        self.scatter(index)
+        return found
+
     def scatter(self, index: int) -> None:
-        """Spread bucket `index`, which lies in `self.bucket`, over the image."""
+        """Spread bucket `index`, which lies in `self.bucket`, over the image, or over the live parameters."""
         to, of = self._scatter[index]
         if to:
+            self.touched |= self._in_place
             torch._foreach_copy_(to, of)
 
     def check_addresses(self) -> str | None:
@@ -104,10 +135,68 @@ class Staging:
         return next((n for n, t in self._targets.items() if n not in now or now[n].data_ptr() != t.data_ptr), None)
 
     def commit(self) -> None:
-        """Copy the image over the live parameters, byte for byte."""
-        live = [_bytes(target.parameter) for target in self._targets.values()]
-        staged = [_bytes(target.image) for target in self._targets.values()]
+        """Copy the image over the live parameters, byte for byte. In place, what is left to do are the constants."""
+        if self._in_place:
+            self.touched = True
+            self._fill()
+            return
+        live, staged = [], []
+        for target in self._targets.values():
+            whole = _bytes(target.parameter)
+            for start, tensor in target.pieces:
+                first = start * tensor.dtype.itemsize
+                live.append(whole[first : first + tensor.nbytes])
+                staged.append(_bytes(tensor))
         torch._foreach_copy_(live, staged)
+
+
+def cut(view: View, bounds: Sequence[int]) -> Iterator[Box]:
+    """Boxes that make up `view`, in its own coordinates; no box holds elements from both sides of one of `bounds`.
+
+    bounds: numbers of elements, ascending; each begins a new piece.
+    """
+    whole = tuple((0, size) for size in view.size)
+    if 0 not in view.size:
+        yield from _cut(view, whole, bounds)
+
+
+def _cut(view: View, box: Box, bounds: Sequence[int]) -> Iterator[Box]:
+    part = view.window(box)
+    steps = [(step, dim) for dim, (size, step) in enumerate(zip(part.size, part.stride, strict=True)) if size > 1]
+    first, last = part.offset, part.offset + sum((part.size[dim] - 1) * step for step, dim in steps)
+    next_bound = bisect_right(bounds, first)
+    if next_bound == bisect_right(bounds, last):
+        yield box
+        return
+    step, dim = max(steps)
+    start, stop = box[dim]
+    below = -(-(bounds[next_bound] - first) // step)  # so many of this dimension begin before the bound
+    middle = start + min(max(below, 1), stop - start - 1)
+    for edge in ((start, middle), (middle, stop)):
+        yield from _cut(view, (*box[:dim], edge, *box[dim + 1 :]), bounds)
+
+
+def _place(live: dict[str, torch.Tensor], buffers: Sequence[torch.Tensor]) -> dict[str, list[Piece]]:
+    """Lay an image of `live` into `buffers`, which are large enough, one tensor after the other."""
+    found: dict[str, list[Piece]] = {}
+    left, at = list(buffers), 0
+    for name, parameter in live.items():
+        pieces: list[Piece] = []
+        start, end = 0, parameter.nbytes
+        while start < end or not pieces:
+            if left and at == left[0].numel():
+                left, at = left[1:], 0
+            size = min(end - start, left[0].numel() - at) if left else 0
+            assert size or start == end, "the image is larger than its room"
+            window = left[0][at : at + size].view(parameter.dtype) if size else parameter.new_empty(0)
+            pieces.append(Piece(start // parameter.dtype.itemsize, window))
+            start, at = start + size, at + aligned(size)
+        found[name] = pieces
+    return found
+
+
+def _part(source: torch.Tensor, box: Box) -> torch.Tensor:
+    return source[tuple(slice(start, stop) for start, stop in box)]
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:

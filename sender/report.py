@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 from pydantic import BaseModel, ConfigDict
 
+from shared.protocol import StagingWay
+
 PHASES = ("plan", "gather", "quantize", "send", "verify", "commit")
 
 
@@ -17,6 +19,8 @@ class PushReport(BaseModel):
     `bf16_bytes` is the model in 2-byte elements, `wire_bytes` what one receiver was sent (codes, scales, the tensors
     that stay in BF16, alignment). `num_tensors` counts checkpoint tensors, scales not included. `skew_s` is the time
     between the first and the last server that confirmed the commit, as rank 0 saw it; 0 with one server.
+    `staging`: how each server staged. `stood_still_s`: for how long each let no new request run, the wait for those
+    under way included, as rank 0 saw it (so never less than it was).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -29,6 +33,8 @@ class PushReport(BaseModel):
     wire_bytes: int
     seconds: dict[str, float]
     skew_s: float
+    stood_still_s: dict[str, float]
+    staging: dict[str, StagingWay]
     servers: tuple[str, ...]
 
 

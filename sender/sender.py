@@ -31,7 +31,7 @@ from sender.report import PhaseClock, PushReport
 from sender.source import ModuleSource, Shard, ShardSource, WeightSource
 from shared.buckets import DEFAULT_BUCKET_BYTES, Bucket
 from shared.errors import ConfigError, Fp8SyncError
-from shared.protocol import FP8BlockConfig, InFlight, PlaneName
+from shared.protocol import FP8BlockConfig, InFlight, PlaneName, StagingChoice
 
 
 class FP8Sender:
@@ -48,6 +48,9 @@ class FP8Sender:
             start over on the new weights from what they have generated so far, `abort` ends them.
         strict: of several servers none commits unless all have drained and said that they can, and none admits a
             request before all have committed.
+        staging: where servers keep what arrives until they commit. `auto` takes the best that each has memory for:
+            `reserved` (see `--fp8sync-staging`; they serve meanwhile), `kv_pool` or `in_place` (they stand still, and
+            with `in_place` a push that fails on the way fences them). Naming one of them forces it, or is an error.
         plane: the data plane, `gloo`; `memory` is for tests in one process.
         ca_file: certificates (PEM) that `https` servers are checked against, in place of the system's.
     """
@@ -63,6 +66,7 @@ class FP8Sender:
         timeout_s: float = 300.0,
         in_flight: InFlight = "wait",
         strict: bool = False,
+        staging: StagingChoice = "auto",
         plane: PlaneName = "gloo",
         ca_file: str | None = None,
     ) -> None:
@@ -78,7 +82,11 @@ class FP8Sender:
         clients = [HttpControl(s, admin_key, ca_file) if isinstance(s, str) else s for s in servers]
         if in_flight not in get_args(InFlight):
             raise ConfigError(f"in_flight={in_flight!r}: it is one of {list(get_args(InFlight))}")
-        self._fleet = Fleet(clients, self._config, plane, timeout_s, in_flight=in_flight, strict=strict)
+        if staging not in get_args(StagingChoice):
+            raise ConfigError(f"staging={staging!r}: it is one of {list(get_args(StagingChoice))}")
+        self._fleet = Fleet(
+            clients, self._config, plane, timeout_s, in_flight=in_flight, strict=strict, staging=staging
+        )
         self._planned: PushPlan | None = None
         self._packer: Packer | None = None
         self._newest = self._version = 0
@@ -162,6 +170,8 @@ class FP8Sender:
                 weights = source.gather(bucket.names)
             with clock.phase("quantize"):
                 packed = lead.run(self._pack, plan, bucket, weights)
+            if self._fleet.checks_first:
+                lead.run(self._check_finite)
             with clock.phase("send"):
                 lead.run(self._fleet.send, packed, bucket.index)
         source.release()
@@ -260,6 +270,8 @@ class FP8Sender:
                 wire_bytes=plan.layout.num_bytes,
                 seconds=clock.seconds(),
                 skew_s=self._skew_s,
+                stood_still_s=self._fleet.stood_still_s,
+                staging=self._fleet.staging,
                 servers=self._fleet.names,
             ).model_dump_json()
         return PushReport.model_validate_json(lead.finish(report, self._patience_s, self._fail))

@@ -4,14 +4,15 @@ Order of messages in the life of a sender (S = sender, rank 0 of the trainer; R 
 
     once          S -> R  Describe            what are you, which version do you serve
                   S -> R  Offer               these are my tensors; R traces its model and answers with a manifest
-                  S -> R  Open                join my data plane; receive buffers and staging are made here
-    every push    S -> R  Begin               version v comes now (R receives in the background and keeps serving)
-                  S => R  flat uint8 buckets  on the data plane
+                  S -> R  Open                join my data plane; R answers with its way of staging
+    every push   (S -> R  Hold                where R stages in memory that requests use: let none run until Release)
+                  S -> R  Begin               version v comes now (R receives in the background)
+                  S => R  flat uint8 buckets  on the data plane, each with its digest ahead of it
                   S -> R  Verify              these are the digests; R compares and is STAGED
-                  S -> R  Hold                strict only: let no request run until Release
+                 (S -> R  Hold                with strict, unless held already: let no request run until Release)
                   S -> R  Commit              copy in place, publish v
-                  S -> R  Release             strict only: every server has answered its Commit, go on
-                  S -> R  Abort               instead of Verify or Commit: forget v, keep serving what you have
+                 (S -> R  Release             where held: every server has answered its Commit, go on)
+                  S -> R  Abort               instead of Verify or Commit: forget v
     at the end    S -> R  Close
 
 Messages travel as JSON. Unknown fields, wrong types and other protocol versions are refused.
@@ -27,7 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from shared.errors import ConfigError, IncompatibleServerError
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 MIN_SGLANG_VERSION = "0.5.16"
 CONTROL_PATH, INFO_PATH = "/fp8sync/control", "/fp8sync/info"
 LONGEST_DEADLINE_S = 24 * 3600.0
@@ -37,6 +38,9 @@ PlaneName = Literal["gloo", "memory"]
 ServerState = Literal["FENCED", "SERVING", "RECEIVING", "STAGED"]
 # What a commit does to requests under way: let them end, put them back and compute their prompts anew, or end them.
 InFlight = Literal["wait", "retract", "abort"]
+# Where a server keeps what arrives until it commits, the one that serves on first (`receiver_plugin/rooms.py`).
+StagingWay = Literal["reserved", "kv_pool", "in_place"]
+StagingChoice = Literal["auto", "reserved", "kv_pool", "in_place"]
 
 
 Seconds = Annotated[float, Field(gt=0, le=LONGEST_DEADLINE_S, allow_inf_nan=False)]
@@ -142,14 +146,18 @@ class Open(_Wire):
     incarnation: str
     plan_hash: str
     bucket_bytes: int
+    staging: StagingChoice = "auto"
     rendezvous: Rendezvous
 
 
 class Begin(_Wire):
+    """`held`: a Hold went before, so that no request runs; servers that do not stage in `reserved` memory demand it."""
+
     kind: Literal["begin"] = "begin"
     session: str
     version: int
     deadline_s: Seconds
+    held: bool = False
 
 
 class Verify(_Wire):
@@ -171,7 +179,7 @@ class Commit(_Wire):
 
 
 class Hold(_Wire):
-    """Drain within `drain_s`, say whether Commit would succeed, and admit nothing until Release or for `hold_s`."""
+    """Drain within `drain_s`, say whether `before` would succeed, and admit nothing until Release or for `hold_s`."""
 
     kind: Literal["hold"] = "hold"
     session: str
@@ -179,21 +187,25 @@ class Hold(_Wire):
     drain_s: Seconds
     hold_s: Seconds
     in_flight: InFlight
+    before: Literal["begin", "commit"] = "commit"
 
 
 class Release(_Wire):
+    """Admit requests again. What was not committed, and lies where requests would use it, is given up."""
+
     kind: Literal["release"] = "release"
     session: str
     version: int
 
 
 class Prepare(_Wire):
-    """Would Commit succeed now, and for `hold_s` from now? Asked before a commit that others take part in."""
+    """Would `before` succeed now? Of a Commit: and for `hold_s` from now? Asked before what others take part in."""
 
     kind: Literal["prepare"] = "prepare"
     session: str
     version: int
     hold_s: Seconds = 60.0
+    before: Literal["begin", "commit"] = "commit"
 
 
 class Abort(_Wire):
@@ -244,15 +256,20 @@ class WireError(_Wire):
 
 
 class Reply(_Wire):
-    """The answer of a server to any control message. Success is `error is None`; nothing else is."""
+    """The answer of a server to any control message. Success is `error is None`; nothing else is.
+
+    `exclusive`: a push is under way that writes where requests would use it, so that none may run.
+    """
 
     state: ServerState
     version: int
     fence: str | None
+    exclusive: bool = False
     error: WireError | None = None
     info: ServerInfo | None = None
     manifest: tuple[ManifestTensor, ...] | None = None
     plan_hash: str | None = None
+    staging: StagingWay | None = None
     probe: tuple[dict[str, str], ...] | None = None
 
 

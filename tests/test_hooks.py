@@ -22,6 +22,7 @@ from receiver_plugin.sglang_surface import (
     ENGINE,
     MANAGER,
     NAMES,
+    RUNNER,
     SCHEDULER,
     SERVER_ARGS,
     SINCE,
@@ -206,6 +207,7 @@ ALIASES = {  # how the adapter modules call SGLang's objects
     "self._manager": "manager",
     "tokenizer_manager": "manager",
     "sgl_engine": "engine",
+    "runner": "runner",
     "lock": "manager.model_update_lock",
     "args": "args",
     "server_args": "args",
@@ -254,7 +256,7 @@ def listed() -> set[str]:
     names = [name.split(".") for name in NAMES]
     methods = {f"{classes[name[-2]]}.{name[-1]}" for name in names if name[-2] in classes}
     paths = {f"scheduler.{path}" for path in SCHEDULER} | {f"manager.{path}" for path in MANAGER}
-    paths |= {f"engine.{path}" for path in ENGINE}
+    paths |= {f"engine.{path}" for path in ENGINE} | {f"runner.{path}" for path in RUNNER}
     return methods | paths | {f"args.{name}" for name in SERVER_ARGS}
 
 

@@ -24,7 +24,7 @@ from shared.protocol import (
 )
 
 # Golden bytes. To change one of these literals is to raise PROTOCOL_VERSION.
-GOLDEN_VERSION = 2
+GOLDEN_VERSION = 3
 
 OFFER = Offer(
     config=FP8BlockConfig(scale_fmt="ue8m0", modules_to_not_convert=("lm_head",)),
@@ -34,7 +34,7 @@ OFFER = Offer(
     ),
 )
 OFFER_BYTES = (
-    b'{"kind":"offer","protocol":2,"config":{"block_size":[128,128],"dtype":"float8_e4m3fn","scale_fmt":"ue8m0",'
+    b'{"kind":"offer","protocol":3,"config":{"block_size":[128,128],"dtype":"float8_e4m3fn","scale_fmt":"ue8m0",'
     b'"zero_scale":"one","modules_to_not_convert":["lm_head"]},"tensors":[{"name":"a.weight","shape":[130,64],'
     b'"dtype":"bfloat16"},{"name":"norm.weight","shape":[64],"dtype":"float16"}]}'
 )
@@ -51,7 +51,7 @@ OPEN = Open(
 )
 OPEN_BYTES = (
     b'{"kind":"open","sender":"host-0a","session":"5e55","incarnation":"1nc","plan_hash":"beef","bucket_bytes":1048576,'
-    b'"rendezvous":{"plane":"gloo","host":"10.0.0.1","port":29500,"key":"fp8sync/5e55","world_size":5,"first_rank":2,'
+    b'"staging":"auto","rendezvous":{"plane":"gloo","host":"10.0.0.1","port":29500,"key":"fp8sync/5e55","world_size":5,"first_rank":2,'
     b'"timeout_s":30.0}}'
 )
 
@@ -72,23 +72,25 @@ REPLY = Reply(
     manifest=MANIFEST,
 )
 REPLY_BYTES = (
-    b'{"state":"FENCED","version":3,"fence":"why","error":{"kind":"PlanError","message":"no","problems":["x","y"]},'
-    b'"info":null,"manifest":' + MANIFEST_BYTES + b',"plan_hash":null,"probe":null}'
+    b'{"state":"FENCED","version":3,"fence":"why","exclusive":false,"error":{"kind":"PlanError","message":"no",'
+    b'"problems":["x","y"]},"info":null,"manifest":'
+    + MANIFEST_BYTES
+    + b',"plan_hash":null,"staging":null,"probe":null}'
 )
 FIELDS = {
     "Describe": "kind protocol",
     "Offer": "kind protocol config tensors",
-    "Open": "kind sender session incarnation plan_hash bucket_bytes rendezvous",
-    "Begin": "kind session version deadline_s",
+    "Open": "kind sender session incarnation plan_hash bucket_bytes staging rendezvous",
+    "Begin": "kind session version deadline_s held",
     "Verify": "kind session version digests",
-    "Prepare": "kind session version hold_s",
-    "Hold": "kind session version drain_s hold_s in_flight",
+    "Prepare": "kind session version hold_s before",
+    "Hold": "kind session version drain_s hold_s in_flight before",
     "Commit": "kind session version drain_s in_flight held",
     "Release": "kind session version",
     "Abort": "kind session version reason",
     "Close": "kind session",
     "Probe": "kind",
-    "Reply": "state version fence error info manifest plan_hash probe",
+    "Reply": "state version fence exclusive error info manifest plan_hash staging probe",
     "WireError": "kind message problems",
     "Rendezvous": "plane host port key world_size first_rank timeout_s",
     "TensorSpec": "name shape dtype",
@@ -150,13 +152,13 @@ def test_messages_decode_to_what_they_were() -> None:
     ],
 )
 def test_what_is_no_message_is_refused(data: bytes) -> None:
-    with pytest.raises(errors.ConfigError, match="not a control message of protocol 2"):
+    with pytest.raises(errors.ConfigError, match="not a control message of protocol 3"):
         decode_message(data)
 
 
 @pytest.mark.parametrize("data", [changed(OFFER_BYTES, protocol=1), b'{"kind":"describe","protocol":0}'])
 def test_another_protocol_version_is_named(data: bytes) -> None:
-    with pytest.raises(errors.IncompatibleServerError, match=r"speaks protocol \d, this server 2"):
+    with pytest.raises(errors.IncompatibleServerError, match=r"speaks protocol \d, this server 3"):
         decode_message(data)
 
 

@@ -49,11 +49,12 @@ class Spoiling:
     def __init__(self, inner: ReceiveHalf, rank: int, spoilt: list[int]) -> None:
         self._inner, self._rank, self._spoilt = inner, rank, spoilt
 
-    def receive(self, bucket: torch.Tensor, timeout_s: float) -> None:
-        self._inner.receive(bucket, timeout_s)
+    def receive(self, bucket: torch.Tensor, timeout_s: float) -> int:
+        sent = self._inner.receive(bucket, timeout_s)
         if self._rank in self._spoilt:
             self._spoilt.remove(self._rank)
             bucket[7] ^= 1
+        return sent
 
     def close(self) -> None:
         self._inner.close()
@@ -118,10 +119,10 @@ def test_a_refusal_on_one_rank_at_the_start_of_a_push(server: TwoRanks, sender: 
 
 
 def test_no_memory_for_staging_on_one_rank(server: TwoRanks, sender: FP8Sender) -> None:
-    def scarce(model: Any, plan: Any, layout: Any) -> Any:
+    def scarce(model: Any, plan: Any, layout: Any, room: Any) -> Any:
         if model is server.models[1]:
             raise errors.PlanError("no memory for staging")
-        return Staging(model, plan, layout)
+        return Staging(model, plan, layout, room)
 
     server.make_staging = scarce
     with pytest.raises(errors.PlanError, match="no memory"):

@@ -63,8 +63,8 @@ class Rig:
         if session is None or session.transfer is None or self.arrived:
             return
         assert self._fleet._plane is not None
-        for bucket in self._buckets:
-            self._fleet._plane.send(bucket)
+        for bucket, sent in zip(self._buckets, self._digests, strict=True):
+            self._fleet._plane.send(bucket, sent)
         assert session.transfer.done.wait(10.0)
         self.arrived = True
 

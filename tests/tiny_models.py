@@ -14,6 +14,7 @@ from torch import nn
 
 from receiver_plugin.binding import Derived, NothingDerived
 from receiver_plugin.ranks import SingleRank
+from receiver_plugin.rooms import CannotLendError
 from shared.numerics import scale_shape
 from shared.protocol import PROTOCOL_VERSION, ServerInfo
 
@@ -116,12 +117,27 @@ class Served(nn.Module):
             target.data.copy_(weight)
 
 
+class FakeMemory:
+    """Memory of an engine: `reserved`, and a KV cache in `pool`, unless `refusal` says why it is not lent."""
+
+    def __init__(self) -> None:
+        self.reserved: torch.Tensor | None = torch.empty(8 << 20, dtype=torch.uint8)
+        self.pool: list[torch.Tensor] = []
+        self.refusal = ""
+
+    def kv_pool(self) -> list[torch.Tensor]:
+        if self.refusal:
+            raise CannotLendError(self.refusal)
+        return [buffer.view(-1).view(torch.uint8) for buffer in self.pool]
+
+
 class FakeEngine:
     """The engine around a receiver, with switches for what can go wrong in it."""
 
     def __init__(self) -> None:
         self.idle, self.published = True, [0]
         self.derived: Derived = NothingDerived()
+        self.memory = FakeMemory()
         self.unsafe_reasons: list[str] = []
         self.block_size: tuple[int, int] | None = (128, 128)
         self.sglang_version = "0.5.23"

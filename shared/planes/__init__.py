@@ -13,16 +13,16 @@ from shared.protocol import Rendezvous
 
 
 class SendHalf(Protocol):
-    def send(self, bucket: torch.Tensor) -> None:
-        """Send `bucket` (flat uint8) to every receiver. On return the buffer may be reused."""
+    def send(self, bucket: torch.Tensor, digest: int) -> None:
+        """Send `bucket` (flat uint8) to every receiver, its digest ahead. On return the buffer may be reused."""
 
     def close(self) -> None:
         """Leave the plane; a receiver that still waits gets an error. Idempotent."""
 
 
 class ReceiveHalf(Protocol):
-    def receive(self, bucket: torch.Tensor, timeout_s: float) -> None:
-        """Fill `bucket` (flat uint8, of the size that was sent)."""
+    def receive(self, bucket: torch.Tensor, timeout_s: float) -> int:
+        """Fill `bucket` (flat uint8, of the size that was sent). Returns the digest that was sent ahead of it."""
 
     def close(self) -> None:
         """Leave the plane. Idempotent."""

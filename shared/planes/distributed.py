@@ -5,8 +5,8 @@ default group, nor any `TORCHELASTIC_*` or rendezvous variable of a torchrun job
 on one interface only and the connections of the group are bound to the interface that faces the peer.
 
 Gloo moves host memory and knows no float8, so buckets travel as uint8 and are staged through a host buffer where they
-live on a GPU. The size of a bucket goes ahead of it: gloo ends the whole process, here a server, where more bytes
-arrive than were expected.
+live on a GPU. Size and digest of a bucket go ahead of it: gloo ends the whole process, here a server, where more bytes
+arrive than were expected, and bytes that go straight into a live model are checked before they are written.
 """
 
 from __future__ import annotations
@@ -61,12 +61,12 @@ class GroupSender:
         """Raises: TransferError: not every server rank joined within `rendezvous.timeout_s`."""
         self._group = _make_group(self._store, rendezvous, rank=0, bind_host=self.host)
 
-    def send(self, bucket: torch.Tensor) -> None:
+    def send(self, bucket: torch.Tensor, digest: int) -> None:
         if bucket.device.type != "cpu":
             if self._host_buffer.numel() < bucket.numel():
                 self._host_buffer = torch.empty(bucket.numel(), dtype=torch.uint8, pin_memory=True)
             bucket = self._host_buffer[: bucket.numel()].copy_(bucket)
-        _broadcast(self._group, torch.tensor([bucket.numel()]), self._timeout_s)
+        _broadcast(self._group, _header(bucket.numel(), digest), self._timeout_s)
         _broadcast(self._group, bucket, self._timeout_s)
 
     def close(self) -> None:
@@ -89,20 +89,22 @@ class GroupReceiver:
         self._group = _make_group(self._store, rendezvous, rank=rank + 1, bind_host=bind_host)
         self._host_buffer = torch.empty(0, dtype=torch.uint8)
 
-    def receive(self, bucket: torch.Tensor, timeout_s: float) -> None:
-        started, size = time.monotonic(), torch.zeros(1, dtype=torch.int64)
-        _broadcast(self._group, size, timeout_s)
-        if size.item() != bucket.numel():
-            raise TransferError(f"a bucket of {size.item()} bytes arrived, expected {bucket.numel()}")
+    def receive(self, bucket: torch.Tensor, timeout_s: float) -> int:
+        started, header = time.monotonic(), _header(0, 0)
+        _broadcast(self._group, header, timeout_s)
+        size, digest = int(header[0]), int(header[1]) % (1 << 64)
+        if size != bucket.numel():
+            raise TransferError(f"a bucket of {size} bytes arrived, expected {bucket.numel()}")
         timeout_s = max(0.001, timeout_s - (time.monotonic() - started))
         if bucket.device.type == "cpu":
             _broadcast(self._group, bucket, timeout_s)
-            return
+            return digest
         if self._host_buffer.numel() < bucket.numel():
             self._host_buffer = torch.empty(bucket.numel(), dtype=torch.uint8, pin_memory=True)
         host = self._host_buffer[: bucket.numel()]
         _broadcast(self._group, host, timeout_s)
         bucket.copy_(host)
+        return digest
 
     def close(self) -> None:
         self._group = None
@@ -120,6 +122,11 @@ def _make_group(store: Any, rendezvous: Rendezvous, rank: int, bind_host: str) -
         return dist.ProcessGroupGloo(prefixed, rank, rendezvous.world_size, options)
     except RuntimeError as error:
         raise TransferError(f"the data plane did not come together in {rendezvous.timeout_s:.0f} s: {error}") from error
+
+
+def _header(num_bytes: int, digest: int) -> torch.Tensor:
+    """[2] int64: what goes ahead of a bucket. The digest is one of 64 bits without a sign."""
+    return torch.tensor([num_bytes, digest - (1 << 64) if digest >= 1 << 63 else digest])
 
 
 def _broadcast(group: Any, data: torch.Tensor, timeout_s: float) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 
 from receiver_plugin.binding import BindingPlan, NothingDerived
 from receiver_plugin.recorder import Call
+from receiver_plugin.rooms import Room
 from receiver_plugin.staging import Staging
 from shared import protocol
 from shared.buckets import Layout
@@ -93,10 +94,17 @@ class FaultyDerived(NothingDerived):
 
 class FaultyStaging(Staging):
     def __init__(
-        self, tripwire: Tripwire, server: int, rank: int, model: nn.Module, plan: BindingPlan, layout: Layout
+        self,
+        tripwire: Tripwire,
+        server: int,
+        rank: int,
+        model: nn.Module,
+        plan: BindingPlan,
+        layout: Layout,
+        room: Room,
     ) -> None:
         self._tripwire, self._place = tripwire, (server, rank)
-        super().__init__(model, plan, layout)
+        super().__init__(model, plan, layout, room)
 
     def scatter(self, index: int) -> None:
         self._tripwire.at("scatter", *self._place)
@@ -106,7 +114,7 @@ class FaultyStaging(Staging):
         """A fault in the copy strikes when half of it is done."""
         targets = list(self._targets.values())
         for target in targets[: len(targets) // 2]:
-            target.parameter.copy_(target.image)
+            target.parameter.view(-1).copy_(target.pieces[0].tensor.view(-1))
         self._tripwire.at("copy", *self._place)
         super().commit()
 
@@ -118,10 +126,11 @@ class FaultyHalf:
         self._tripwire, self._place = tripwire, (server, rank)
         self._inner = open_receiver(rendezvous, number)
 
-    def receive(self, bucket: torch.Tensor, timeout_s: float) -> None:
+    def receive(self, bucket: torch.Tensor, timeout_s: float) -> int:
         self._tripwire.at("receive", *self._place)
-        self._inner.receive(bucket, timeout_s)
+        sent = self._inner.receive(bucket, timeout_s)
         self._tripwire.at("received", *self._place, bucket)
+        return sent
 
     def close(self) -> None:
         self._inner.close()

@@ -1,0 +1,176 @@
+"""Where the bytes of a push lie until they are committed: three ways, chosen by the memory of a server, best first.
+
+    reserved   set apart before SGLang sizes its KV cache (`receiver_plugin/reserve.py`); requests run on meanwhile
+    kv_pool    the KV cache itself, which nothing uses while no request runs; zeroed before and after
+    in_place   nowhere: each bucket goes straight into the live parameters, once its digest was checked
+
+The last two need the door shut from before the first byte until the commit, and give all back when a transfer ends.
+All ranks of a server take the same way; the one that can do least decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from receiver_plugin.binding import BindingPlan
+from receiver_plugin.held import destinations
+from shared.buckets import ALIGNMENT_BYTES, Layout
+from shared.errors import PlanError
+from shared.protocol import StagingChoice, StagingWay
+
+WAYS: tuple[StagingWay, ...] = ("reserved", "kv_pool", "in_place")
+
+
+class CannotLendError(Exception):
+    """Why memory of the engine cannot be used for staging. It never leaves this rank."""
+
+
+class Memory(Protocol):
+    """What the engine of this rank lends."""
+
+    @property
+    def reserved(self) -> torch.Tensor | None:
+        """Flat uint8 that nothing else ever uses, or None."""
+
+    def kv_pool(self) -> list[torch.Tensor]:
+        """The KV cache as flat uint8 tensors; to be written while no request runs. Raises: CannotLendError."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a push takes on this rank: an image of `sizes` (bytes by parameter) and a bucket."""
+
+    sizes: dict[str, int]
+    bucket_bytes: int
+    device: torch.device
+
+    @classmethod
+    def of(cls, model: nn.Module, plan: BindingPlan, layout: Layout) -> Need:
+        parameters = destinations(model)
+        touched = dict.fromkeys([*(c.parameter for c in plan.copies), *(f.parameter for f in plan.fills)])
+        device = next(iter(parameters.values())).device
+        return cls({name: parameters[name].nbytes for name in touched}, layout.largest_bucket_bytes, device)
+
+    @property
+    def image_bytes(self) -> int:
+        return sum(aligned(size) for size in self.sizes.values())
+
+
+@dataclass
+class Room:
+    """Memory for one transfer or more. `buffers` (flat uint8) hold the image; none if there is no image."""
+
+    way: StagingWay
+    buffers: list[torch.Tensor]
+    bucket: torch.Tensor
+
+    def leave(self) -> None:
+        """Give back what was lent. The padded slots of a KV cache are read: what lies there must be numbers."""
+        if self.way == "kv_pool":
+            for buffer in self.buffers:
+                buffer.zero_()
+
+
+def aligned(num_bytes: int) -> int:
+    return -(-num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+
+
+def obstacles(need: Need, memory: Memory) -> dict[StagingWay, str]:
+    """Why this rank cannot take a way, and what helps. A way that is not named can be taken."""
+    found: dict[StagingWay, str] = {}
+    wanted, held = need.image_bytes + need.bucket_bytes, 0 if memory.reserved is None else memory.reserved.numel()
+    if held < wanted:
+        text = f"{held / 1e9:.2f} GB are reserved of {wanted / 1e9:.2f} GB"
+        found["reserved"] = f"{text}: start the server with --fp8sync-staging {ceil(wanted / 1e7) / 100}"
+    try:
+        lent = sum(buffer.numel() for buffer in _lent(memory))
+        if lent < need.image_bytes:
+            text = f"the KV cache has {lent / 1e9:.2f} GB of {need.image_bytes / 1e9:.2f} GB"
+            found["kv_pool"] = f"{text}: start the server with a higher --mem-fraction-static or --max-total-tokens"
+    except CannotLendError as error:
+        found["kv_pool"] = str(error)
+    try:
+        _own(need.bucket_bytes, need.device)
+    except PlanError as error:
+        for way in ("kv_pool", "in_place"):
+            found.setdefault(way, str(error))
+    return found
+
+
+def choose(wanted: StagingChoice, found: Sequence[dict[StagingWay, str]]) -> StagingWay:
+    """The way that all ranks can take; `found` are the obstacles of each.
+
+    Raises:
+        PlanError: there is none, or not the one that is `wanted`; says what helps.
+    """
+    ways = WAYS if wanted == "auto" else (wanted,)
+    for way in ways:
+        if not any(way in obstacle for obstacle in found):
+            return way
+    lines = [f"rank {rank}: {way}: {had[way]}" for way in ways for rank, had in enumerate(found) if way in had]
+    raise PlanError(f"no room for staging={wanted!r} on this server", tuple(lines))
+
+
+def enter(way: StagingWay, need: Need, memory: Memory, bucket_taken: bool = False) -> Room:
+    """Take the memory. `bucket_taken`: an earlier session may still receive into the reserved bucket.
+
+    Raises:
+        PlanError: it is gone, or there is none for the bucket.
+    """
+    if way == "reserved" and memory.reserved is not None:
+        image, bucket = memory.reserved[: need.image_bytes], memory.reserved[need.image_bytes :]
+        bucket = _own(need.bucket_bytes, need.device) if bucket_taken else bucket[: need.bucket_bytes]
+        return Room(way, [image], bucket)
+    bucket = _own(need.bucket_bytes, need.device)
+    if way == "in_place":
+        return Room(way, [], bucket)
+    try:
+        room = Room(way, _first(_lent(memory), need.image_bytes), bucket)
+    except CannotLendError as error:
+        raise PlanError(f"the KV cache cannot be used for staging any more: {error}") from error
+    room.leave()
+    return room
+
+
+def own_room(need: Need) -> Room:
+    """A room of its own, of memory that nobody lends."""
+    return Room("reserved", [_own(need.image_bytes, need.device)], _own(need.bucket_bytes, need.device))
+
+
+def _own(num_bytes: int, device: torch.device) -> torch.Tensor:
+    try:
+        return torch.empty(num_bytes, dtype=torch.uint8, device=device)
+    except RuntimeError as error:  # torch.OutOfMemoryError on a GPU, a plain RuntimeError on a CPU
+        raise PlanError(
+            f"no memory for {num_bytes / 1e9:.2f} GB on {device}: give FP8Sender a smaller bucket_bytes, "
+            f"or start the server with a lower --mem-fraction-static ({error})"
+        ) from error
+
+
+def _lent(memory: Memory) -> list[torch.Tensor]:
+    """The KV cache, in pieces that begin and end at whole multiples of the alignment."""
+    found = []
+    for buffer in memory.kv_pool():
+        skipped = -buffer.data_ptr() % ALIGNMENT_BYTES
+        size = (buffer.numel() - skipped) // ALIGNMENT_BYTES * ALIGNMENT_BYTES
+        if size > 0:
+            found.append(buffer[skipped : skipped + size])
+    return found
+
+
+def _first(buffers: Sequence[torch.Tensor], num_bytes: int) -> list[torch.Tensor]:
+    """Of `buffers`, in order, as much as makes `num_bytes`."""
+    found = []
+    for buffer in buffers:
+        if num_bytes > 0:
+            found.append(buffer[:num_bytes])
+            num_bytes -= found[-1].numel()
+    if num_bytes > 0:
+        raise CannotLendError("it is smaller than it was")
+    return found

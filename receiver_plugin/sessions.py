@@ -1,0 +1,129 @@
+"""The one session that a rank has at a time, and how its transfers end: on all ranks of the server alike.
+
+A transfer that ends without its commit leaves what is served as it is. Where a server stages in place that is so only
+as long as no rank has written anything; else `give_up` says why the server must be fenced.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection
+
+from receiver_plugin.ranks import Ranks, collect, gather
+from receiver_plugin.rooms import Memory, Need, choose, enter, obstacles
+from receiver_plugin.session import Session
+from receiver_plugin.staging import Staging
+from shared import protocol as wire
+from shared.buckets import Layout
+from shared.errors import Fp8SyncError, SessionLostError
+from shared.planes import ReceiveHalf
+from shared.protocol import StagingWay
+
+logger = logging.getLogger(__name__)
+
+# Memory of the engine, by its own tags, without which a transfer under way cannot go on.
+_USES: dict[StagingWay, set[str]] = {"reserved": set(), "kv_pool": {"kv_cache", "weights"}, "in_place": {"weights"}}
+
+
+class Sessions:
+    """`synchronize` returns when the device has done what was asked of it."""
+
+    def __init__(self, ranks: Ranks, memory: Memory, synchronize: Callable[[], None]) -> None:
+        self._ranks, self._memory, self._synchronize = ranks, memory, synchronize
+        self.current: Session | None = None
+        self._last: Session | None = None  # closed; it may still receive into the reserved bucket
+
+    @property
+    def exclusive(self) -> bool:
+        """Whether a transfer is under way that no request may run beside."""
+        session = self.current
+        return session is not None and session.transfer is not None and session.exclusive
+
+    def of(self, session: str) -> Session:
+        """Raises: SessionLostError: another one took its place."""
+        if self.current is None or self.current.id != session:
+            holder = f"sender {self.current.sender}" if self.current else "another sender"
+            raise SessionLostError(f"{holder} took over since this one planned: push again to take it back")
+        return self.current
+
+    def open(
+        self,
+        message: wire.Open,
+        layout: Layout,
+        need: Need,
+        make_staging: Callable[..., Staging],
+        join: Callable[[], ReceiveHalf],
+    ) -> Session:
+        """A new session; `make_staging(room)`. Raises: PlanError: no memory on some rank; there is no session then."""
+        way = choose(message.staging, collect(self._ranks, lambda: obstacles(need, self._memory)))
+
+        def stage() -> Staging:
+            taken = self._last is not None and self._last.lingers
+            return make_staging(enter(way, need, self._memory, bucket_taken=taken))
+
+        def start() -> None:
+            self.current = Session(message, layout, way, stage, join)
+
+        try:
+            collect(self._ranks, start)
+        except Fp8SyncError:
+            self.close()  # on the ranks where it succeeded, so that all ranks hold the same
+            raise
+        assert self.current is not None
+        return self.current
+
+    def close(self) -> None:
+        """End the session, which has no transfer."""
+        if self.current is not None:
+            self.current.close()
+            self._last, self.current = self.current, None
+
+    # How transfers end; what they return is why the server must be fenced, None if it need not
+
+    def give_up(self, why: str) -> str | None:
+        """End the transfer under way, if there is one, on all ranks at once."""
+        session = self.current
+        if session is None or session.transfer is None:
+            return None
+        version = session.transfer.version
+        fence = None
+        try:
+            if any(self.end_transfer(why)):
+                fence = f"version {version} was written in part only: {why}"
+        except Fp8SyncError as error:
+            fence = f"the memory that version {version} was lent was not given back whole: {error}"
+        if fence is not None:
+            session.ended = f"the server is fenced: {fence}"
+        return fence
+
+    def end_transfer(self, why: str) -> list[bool]:
+        """Of each rank, whether it has written to live parameters. Raises: PushError: something was not given back."""
+        session = self.current
+        assert session is not None
+
+        def end() -> bool:
+            touched = session.end_transfer(why)
+            if session.exclusive:
+                self._synchronize()
+            return touched
+
+        return collect(self._ranks, end) if session.exclusive else [end()]
+
+    def give_up_dead(self) -> str | None:
+        """A sender that died holds nothing: its stage is void, on all ranks alike, once its connection broke or its
+        deadline passed on one of them."""
+        session = self.current
+        if session is None:
+            return None
+        mine = session.transfer.dead() if session.transfer is not None else None
+        reason = next((why for why in gather(self._ranks, mine) if why is not None), None)
+        if reason is None or session.transfer is None:
+            return None
+        logger.warning("fp8sync: version %d is given up: %s", session.transfer.version, reason)
+        return self.give_up(reason)
+
+    def give_up_memory(self, tags: Collection[str]) -> str | None:
+        """Memory of the engine is about to be released: nothing may write there any more."""
+        if self.current is None or not _USES[self.current.way] & set(tags):
+            return None
+        return self.give_up("memory that it needs was released")
