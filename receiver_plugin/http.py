@@ -79,7 +79,7 @@ class Channel(Protocol):
         Raises: PushError: a replica did not answer in time; names it.
         """
 
-    def drained(self, in_flight: wire.InFlight) -> Any:
+    def drained(self, in_flight: wire.Drain) -> Any:
         """An async context manager: no request runs and none is admitted inside it.
 
         Raises: PushError: the requests under way will not end.
@@ -109,6 +109,7 @@ class Control:
         self._known = False
         self._fence: str | None = "its schedulers have not yet said whether their weights may be served"
         self._published = 0
+        self._labels: set[str] = set()  # of all versions that were served here
 
     @property
     def version(self) -> int:
@@ -119,6 +120,17 @@ class Control:
     def coming(self) -> int | None:
         """The version whose commit waits for requests to end, or is at work."""
         return self._door.coming
+
+    @property
+    def newest(self) -> int:
+        """No request has met a newer version; some may have met this one before its commit was answered."""
+        return max(self._published, self._door.passing or 0)
+
+    def version_of(self, label: str) -> int:
+        """The version that SGLang calls `label`; 0 for what was no version of a push."""
+        coming = self._door.coming
+        known = label in self._labels or (coming is not None and label == str(coming))
+        return int(label) if known else 0
 
     async def fence(self) -> str | None:
         """Why requests must be refused, or None."""
@@ -179,6 +191,7 @@ class Control:
         if reply.version != self._published:  # also where the answer to the commit itself was lost
             self._channel.publish(reply.version)
             self._published = reply.version
+            self._labels.add(str(reply.version))
         self._known, self._fence = True, reply.fence
         return reply
 

@@ -58,11 +58,20 @@ class Engine(Protocol):
     def flush_cache(self) -> bool:
         """Forget the KV cache of the old weights. False, and nothing done, while requests run."""
 
+    def cannot_keep(self) -> list[str]:
+        """Why requests cannot go on across a commit here; empty if they can."""
+
+    def renew_cache(self, name: str) -> None:
+        """From here on no request begins on KV cache from before; those that run keep theirs. `name`: not used yet."""
+
+    def end_requests(self) -> None:
+        """End all requests now, with what they have: no token more is computed. Later ones end as they come."""
+
     def synchronize(self) -> None:
         """Return when the device has finished all forward passes that read the parameters."""
 
     def publish(self, version: int) -> None:
-        """From here on replies carry `version`."""
+        """Tokens that are computed from here on carry `version`."""
 
 
 class Receiver:
@@ -104,6 +113,11 @@ class Receiver:
             wire.Close: self._close,
             wire.Probe: self._probe,
         }
+
+    @property
+    def fence(self) -> str | None:
+        """Why requests must be refused, or None."""
+        return self._fence
 
     @property
     def state(self) -> wire.ServerState:
@@ -203,7 +217,7 @@ class Receiver:
     def _prepare(self, message: wire.Prepare | wire.Hold | wire.Commit) -> dict[str, Any]:
         session = self._session_of(message.session)
         transfer = session.transfer_of(message.version)
-        collect(self._ranks, lambda: self._ready_to_commit(session, transfer))
+        collect(self._ranks, lambda: self._ready_to_commit(session, transfer, message.in_flight))
         if not isinstance(message, wire.Commit):
             transfer.hold(message.hold_s)  # between its word and the commit, no deadline passes on one alone
         return {}
@@ -217,17 +231,21 @@ class Receiver:
         self._prepare(message)
         self._fence = f"version {message.version} was copied in part only"  # until every rank says otherwise
         try:
+            if message.in_flight == "keep":
+                cache = f"{self._incarnation}/{message.version}"
+                collect(self._ranks, lambda: self._engine.renew_cache(cache))
             collect(self._ranks, lambda: self._copy(session))
             collect(self._ranks, lambda: self._engine.publish(message.version))
         except Exception as error:
             self._fence = f"{self._fence}: {error}"
             session.end_transfer(self._fence)
+            self._engine.end_requests()
             raise CommitError(f"the server is fenced: {self._fence}") from error
         self._version, self._fence = message.version, None
         session.end_transfer("committed")
         return {}
 
-    def _ready_to_commit(self, session: Session, transfer: Any) -> None:
+    def _ready_to_commit(self, session: Session, transfer: Any, in_flight: wire.InFlight) -> None:
         self._check_safe()
         self._check_incarnation(self._planned_for)
         if not transfer.verified:
@@ -236,7 +254,10 @@ class Receiver:
             raise CommitError(
                 f"{moved} moved in memory while version {transfer.version} was staged; nothing was touched"
             )
-        if not self._engine.flush_cache():
+        if in_flight == "keep":
+            if reasons := self._engine.cannot_keep():
+                raise IncompatibleServerError(f"no request can go on here: {'; '.join(reasons)}; nothing was touched")
+        elif not self._engine.flush_cache():
             raise ServerBusyError("requests are still running; nothing was touched")
 
     def _copy(self, session: Session) -> None:

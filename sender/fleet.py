@@ -94,6 +94,9 @@ class Fleet:
         infos = [(name, reply.info) for name, reply in zip(self.names, replies, strict=True)]
         for name, info in infos:
             _check_info(name, info, self._config)
+            if self._in_flight == "keep" and info is not None and info.cannot_keep:
+                why = "; ".join(info.cannot_keep)
+                raise IncompatibleServerError(f"{name} cannot let requests go on across a commit: {why}")
         now = {name: info.incarnation for name, info in infos if info is not None}
         known = self._plane is not None and now == self._incarnations
         self._incarnations = now
@@ -193,6 +196,7 @@ class Fleet:
             self._tell(wire.Release(session=self._session, version=self._version))
 
     def _hold(self) -> None:
+        assert self._in_flight != "keep"  # `FP8Sender` refuses it
         hold = wire.Hold(
             session=self._session,
             version=self._version,

@@ -45,9 +45,11 @@ class FP8Sender:
         meeting_timeout_s: how long ranks wait for each other before a push; then `RankMissingError`.
         timeout_s: how long a push may take on the servers, from its first message to its commit.
         in_flight: what a commit does to requests under way. `wait` lets them end, `retract` puts them back and they
-            start over on the new weights from what they have generated so far, `abort` ends them.
+            start over on the new weights from what they have generated so far, `abort` ends them. `keep` lets them go
+            on, the next token by the new weights on KV cache of the old ones: a reply is off-policy within itself, and
+            `meta_info.weight_versions` says where. Later requests reuse no KV cache of the old weights.
         strict: of several servers none commits unless all have drained and said that they can, and none admits a
-            request before all have committed.
+            request before all have committed. Not with `keep`, which drains nothing.
         plane: the data plane, `gloo`; `memory` is for tests in one process.
         ca_file: certificates (PEM) that `https` servers are checked against, in place of the system's.
     """
@@ -78,6 +80,9 @@ class FP8Sender:
         clients = [HttpControl(s, admin_key, ca_file) if isinstance(s, str) else s for s in servers]
         if in_flight not in get_args(InFlight):
             raise ConfigError(f"in_flight={in_flight!r}: it is one of {list(get_args(InFlight))}")
+        if strict and in_flight == "keep":
+            text = "requests that go on meet the new version on each server as soon as that has committed"
+            raise ConfigError(f"strict=True holds nothing with in_flight='keep': {text}")
         self._fleet = Fleet(clients, self._config, plane, timeout_s, in_flight=in_flight, strict=strict)
         self._planned: PushPlan | None = None
         self._packer: Packer | None = None

@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from shared.errors import ConfigError, IncompatibleServerError
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 MIN_SGLANG_VERSION = "0.5.16"
 CONTROL_PATH, INFO_PATH = "/fp8sync/control", "/fp8sync/info"
 LONGEST_DEADLINE_S = 24 * 3600.0
@@ -36,7 +36,9 @@ DTypeName = Literal["bfloat16", "float16", "float32", "float8_e4m3fn"]
 PlaneName = Literal["gloo", "memory"]
 ServerState = Literal["FENCED", "SERVING", "RECEIVING", "STAGED"]
 # What a commit does to requests under way: let them end, put them back and compute their prompts anew, or end them.
-InFlight = Literal["wait", "retract", "abort"]
+Drain = Literal["wait", "retract", "abort"]
+# Or none of these: they keep their KV cache and go on, with the new weights from the next token on.
+InFlight = Literal[Drain, "keep"]
 
 
 Seconds = Annotated[float, Field(gt=0, le=LONGEST_DEADLINE_S, allow_inf_nan=False)]
@@ -178,7 +180,7 @@ class Hold(_Wire):
     version: int
     drain_s: Seconds
     hold_s: Seconds
-    in_flight: InFlight
+    in_flight: Drain
 
 
 class Release(_Wire):
@@ -194,6 +196,7 @@ class Prepare(_Wire):
     session: str
     version: int
     hold_s: Seconds = 60.0
+    in_flight: InFlight = "wait"
 
 
 class Abort(_Wire):
@@ -221,7 +224,7 @@ ControlMessage = Annotated[
 
 
 class ServerInfo(_Wire):
-    """What a server says of itself."""
+    """What a server says of itself. `cannot_keep`: why it would refuse a commit that lets requests go on."""
 
     protocol: int
     sglang_version: str
@@ -233,6 +236,7 @@ class ServerInfo(_Wire):
     compute_capability: str
     gemm_backend: str
     moe_backend: str
+    cannot_keep: tuple[str, ...] = ()
 
 
 class WireError(_Wire):
