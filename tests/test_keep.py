@@ -128,7 +128,7 @@ def test_what_is_cached_and_not_in_use_is_evicted(scheduler: Scheduler, requests
     entering = request("user")
     requests.enter(entering)
     found = cache.match_prefix(MatchPrefixParams(key=RadixKey(array("q", [5, 6]), entering.extra_key)))
-    assert len(found.device_indices) == 0
+    assert found.last_device_node is cache.root_node
 
 
 @pytest.mark.parametrize("option", list(OPTIONS_OFF))
