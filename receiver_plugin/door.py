@@ -5,7 +5,8 @@
     Hold, Begin ... Commit, Release     where a push arrives in memory that requests use (`receiver_plugin/rooms.py`)
 
 Requests under way when it shuts end first (`wait`), are put back and start over from their prompt and what they have
-generated (`retract`), or are ended (`abort`). In each case no KV cache of the old weights is left.
+generated (`retract`), or are ended (`abort`). In each case no KV cache of the old weights is left. With `keep` the door
+stays open: the schedulers commit between two batches, and requests go on.
 
 A hold that its sender forgets ends by itself, and one for a push that the schedulers have given up ends soon after it.
 Before the last kind opens, the schedulers hear of it, so that nothing that was not committed is in the way of requests.
@@ -37,7 +38,7 @@ class Drains(Protocol):
 
     num_replicas: int
 
-    def drained(self, in_flight: wire.InFlight) -> Any:
+    def drained(self, in_flight: wire.Drain) -> Any:
         """An async context manager: no request runs and none is admitted inside it."""
 
     def abort_all(self) -> None:
@@ -62,12 +63,18 @@ class Door:
         self._channel, self._ask, self._fenced = channel, ask, fenced
         self._held: _Held | None = None
         self._shutting: int | None = None
+        self._passing: int | None = None
         self._committing = asyncio.Lock()  # a held door does not open before its commit was answered
 
     @property
     def coming(self) -> int | None:
-        """The version for which the door is shut, or is being shut."""
-        return self._held.version if self._held is not None else self._shutting
+        """The version for which the door is shut, or is being shut; or whose commit lets requests pass."""
+        return self._held.version if self._held is not None else self._shutting or self._passing
+
+    @property
+    def passing(self) -> int | None:
+        """The version that requests may have met already, because its commit does not keep them out."""
+        return self._passing
 
     @property
     def excludes(self) -> bool:
@@ -99,16 +106,19 @@ class Door:
                     return reply
             return await self._ask_until_idle(message, deadline)
 
+        if message.in_flight == "keep":
+            return await self._pass(message, commit)
         async with AsyncExitStack() as opening:
-            return await self._shut(opening, message, commit)
+            return await self._shut(opening, message, message.in_flight, commit)
 
     async def hold(self, message: wire.Hold) -> wire.Reply:
         """Shut the door and keep it shut, if the schedulers say that they could commit."""
         if self.coming is not None:
             return await self._failed(f"its door is shut for version {self.coming} already; nothing was touched")
         async with AsyncExitStack() as opening:
+            prepare = _prepare(message)
             reply = await self._shut(
-                opening, message, lambda deadline: self._ask_until_idle(_prepare(message), deadline)
+                opening, message, message.in_flight, lambda deadline: self._ask_until_idle(prepare, deadline)
             )
             if reply.error is None:
                 timer = asyncio.create_task(self._end_in_time(message))
@@ -167,13 +177,14 @@ class Door:
         self,
         opening: AsyncExitStack,
         message: wire.Commit | wire.Hold,
+        in_flight: wire.Drain,
         then: Callable[[float], Awaitable[wire.Reply]],
     ) -> wire.Reply:
         """The reply of `then`, called with the door shut; closing `opening` opens it."""
         deadline, self._shutting = time.monotonic() + message.drain_s, message.version
         try:
             async with asyncio.timeout(message.drain_s) as draining:
-                await opening.enter_async_context(self._shut_off(message.in_flight))
+                await opening.enter_async_context(self._shut_off(in_flight))
                 draining.reschedule(None)  # a commit that was sent is waited for: cut off, nobody knew what it did
                 return await then(deadline)
         except TimeoutError:
@@ -184,8 +195,18 @@ class Door:
             self._shutting = None
         return await self._failed(f"{text}; nothing was touched")
 
+    async def _pass(self, message: wire.Commit, then: Callable[[float], Awaitable[wire.Reply]]) -> wire.Reply:
+        """The reply of `then`, called while requests go on and new ones come."""
+        self._passing = message.version
+        try:
+            return await then(time.monotonic() + message.drain_s)
+        finally:
+            self._passing = None
+            if self._fenced():
+                self._channel.abort_all()  # also those of replicas whose own commit went well
+
     @asynccontextmanager
-    async def _shut_off(self, in_flight: wire.InFlight) -> AsyncIterator[None]:
+    async def _shut_off(self, in_flight: wire.Drain) -> AsyncIterator[None]:
         async with self._channel.drained(in_flight):
             try:
                 yield
@@ -206,7 +227,7 @@ class Door:
 
 
 def _prepare(message: wire.Commit | wire.Hold) -> wire.Prepare:
-    prepare = wire.Prepare(session=message.session, version=message.version)
+    prepare = wire.Prepare(session=message.session, version=message.version, in_flight=message.in_flight)
     if isinstance(message, wire.Commit):
         return prepare
     return prepare.model_copy(update={"hold_s": message.hold_s, "before": message.before})

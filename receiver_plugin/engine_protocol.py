@@ -27,8 +27,17 @@ class Engine(Protocol):
     def flush_cache(self) -> bool:
         """Forget the KV cache of the old weights. False, and nothing done, while requests run."""
 
+    def cannot_keep(self) -> list[str]:
+        """Why requests cannot go on across a commit here; empty if they can."""
+
+    def renew_cache(self, name: str) -> None:
+        """From here on no request begins on KV cache from before; those that run keep theirs. `name`: not used yet."""
+
+    def end_requests(self) -> None:
+        """End all requests now, with what they have: no token more is computed. Later ones end as they come."""
+
     def synchronize(self) -> None:
         """Return when the device has finished all forward passes that read the parameters."""
 
     def publish(self, version: int) -> None:
-        """From here on replies carry `version`."""
+        """Tokens that are computed from here on carry `version`."""

@@ -81,7 +81,7 @@ class Channel(Protocol):
         Raises: PushError: a replica did not answer in time; names it.
         """
 
-    def drained(self, in_flight: wire.InFlight) -> Any:
+    def drained(self, in_flight: wire.Drain) -> Any:
         """An async context manager: no request runs and none is admitted inside it.
 
         Raises: PushError: the requests under way will not end.
@@ -111,6 +111,7 @@ class Control:
         self._known = False
         self._fence: str | None = "its schedulers have not yet said whether their weights may be served"
         self._published = 0
+        self._labels: set[str] = set()  # of all versions that were served here
 
     @property
     def version(self) -> int:
@@ -126,6 +127,17 @@ class Control:
     def excludes(self) -> bool:
         """Whether the door is held for a push that no request may run beside."""
         return self._door.excludes
+
+    @property
+    def newest(self) -> int:
+        """No request has met a newer version; some may have met this one before its commit was answered."""
+        return max(self._published, self._door.passing or 0)
+
+    def version_of(self, label: str) -> int:
+        """The version that SGLang calls `label`; 0 for what was no version of a push."""
+        coming = self._door.coming
+        known = label in self._labels or (coming is not None and label == str(coming))
+        return int(label) if known else 0
 
     async def fence(self) -> str | None:
         """Why requests must be refused, or None."""
@@ -192,6 +204,7 @@ class Control:
         if reply.version != self._published:  # also where the answer to the commit itself was lost
             self._channel.publish(reply.version)
             self._published = reply.version
+            self._labels.add(str(reply.version))
         self._known, self._fence = True, reply.fence
         if reply.exclusive and not self._door.excludes:
             self._fence = self._fence or "a push is writing where requests would run, and its door is not shut"

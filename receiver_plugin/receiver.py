@@ -94,6 +94,11 @@ class Receiver:
         return self._sessions.current
 
     @property
+    def fence(self) -> str | None:
+        """Why requests must be refused, or None."""
+        return self._fence
+
+    @property
     def state(self) -> wire.ServerState:
         transfer = self._session.transfer if self._session else None
         if transfer is not None:
@@ -209,7 +214,7 @@ class Receiver:
             self._prepare_to_begin(session, message.version)
             return {}
         transfer = session.transfer_of(message.version)
-        collect(self._ranks, lambda: self._ready_to_commit(session, transfer))
+        collect(self._ranks, lambda: self._ready_to_commit(session, transfer, message.in_flight))
         if not isinstance(message, wire.Commit):
             transfer.hold(message.hold_s)  # between its word and the commit, no deadline passes on one alone
         return {}
@@ -226,17 +231,21 @@ class Receiver:
         self._prepare(message)
         self._fence = f"version {message.version} was copied in part only"  # until every rank says otherwise
         try:
+            if message.in_flight == "keep":
+                cache = f"{self._incarnation}/{message.version}"
+                collect(self._ranks, lambda: self._engine.renew_cache(cache))
             collect(self._ranks, lambda: self._copy(session))
             collect(self._ranks, lambda: self._engine.publish(message.version))
             self._sessions.end_transfer("committed")
         except Exception as error:
             self._fence = f"{self._fence}: {error}"
             self._sessions.give_up(self._fence)
+            self._engine.end_requests()
             raise CommitError(f"the server is fenced: {self._fence}") from error
         self._version, self._fence = message.version, None
         return {}
 
-    def _ready_to_commit(self, session: Session, transfer: Any) -> None:
+    def _ready_to_commit(self, session: Session, transfer: Any, in_flight: wire.InFlight) -> None:
         self._check_safe()
         self._check_incarnation(self._planned_for)
         if not transfer.verified:
@@ -245,7 +254,10 @@ class Receiver:
             raise CommitError(
                 f"{moved} moved in memory while version {transfer.version} was staged; nothing was touched"
             )
-        if not self._engine.flush_cache():
+        if in_flight == "keep":
+            if reasons := self._engine.cannot_keep():
+                raise IncompatibleServerError(f"no request can go on here: {'; '.join(reasons)}; nothing was touched")
+        elif not self._engine.flush_cache():
             raise ServerBusyError("requests are still running; nothing was touched")
 
     def _copy(self, session: Session) -> None:

@@ -2,7 +2,8 @@
 
     launcher process    routes and gate on the HTTP server (`sglang_http`), one more request type (`sglang_messages`),
                         fence and versions where requests leave for the schedulers (`sglang_requests`)
-    scheduler process   one Receiver per rank, answering that request type in the event loop (here, `sglang_engine`)
+    scheduler process   one Receiver per rank, answering that request type in the event loop (here, `sglang_engine`);
+                        keys and fence where requests enter its queue (`sglang_keep`)
 
 These modules, named `sglang_*`, are all that touches SGLang's insides; `entry` and `cpu_platform` use its public seams.
 
@@ -28,6 +29,7 @@ from receiver_plugin.replicas import for_replica
 from receiver_plugin.reserve import AUTO
 from receiver_plugin.sglang_engine import SglangEngine, TpRanks, block_size, replica_of
 from receiver_plugin.sglang_http import run_with_control, run_with_probe
+from receiver_plugin.sglang_keep import RunningRequests
 from receiver_plugin.sglang_memory import reserve_staging, want
 from receiver_plugin.sglang_messages import Fp8SyncReqInput, Fp8SyncReqOutput
 from receiver_plugin.sglang_refusals import check_server_args as check_server_args
@@ -40,6 +42,7 @@ from shared.errors import IncompatibleServerError
 logger = logging.getLogger(__name__)
 
 _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler.init_request_dispatcher"
+_QUEUE = "sglang.srt.managers.scheduler.Scheduler._add_request_to_queue"
 _HTTP = "sglang.srt.entrypoints.http_server._setup_and_run_http_server"
 _MANAGER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
 _UPDATER = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
@@ -48,6 +51,7 @@ _UPDATES = ("update_weights_from_disk", "update_weights_from_distributed", "upda
 _MANAGER_UPDATES = ("update_weights_from_ipc", "release_memory_occupation", "resume_memory_occupation", "check_weights")
 
 _receiver: Receiver | None = None  # of this scheduler process
+_requests: RunningRequests | None = None  # likewise
 _installed = False  # in this process
 _keep_on_host = False  # whether SGLang restores the weights when their memory is resumed
 
@@ -85,7 +89,7 @@ def install(probe_only: bool = False, staging: str = AUTO) -> None:
 
 
 def _attach_receiver(result: Any, scheduler: Any) -> None:
-    global _receiver, _keep_on_host
+    global _receiver, _requests, _keep_on_host
     try:
         check_server_args(scheduler.server_args)  # again: engines that parse no command line come here only
         if missing := missing_of(scheduler, SCHEDULER):
@@ -104,7 +108,7 @@ def _attach_receiver(result: Any, scheduler: Any) -> None:
         raise SystemExit("fp8sync: weights could not be bound in place: " + "; ".join(reasons))
     args = scheduler.server_args
     fence = fence_reason(model, _local_folder(args), str(args.load_format), engine.derived)
-    _receiver = Receiver(model, engine, ranks, fence)
+    _receiver, _requests = Receiver(model, engine, ranks, fence), engine.requests
     _answer_with(scheduler, _receiver.handle)
     if ranks.index == 0:
         logger.info("fp8sync: %s", f"FENCED until the first full push: {fence}" if fence else "serving its checkpoint")
@@ -122,6 +126,15 @@ def _answer_with(scheduler: Any, handle: Callable[[Any], wire.Reply]) -> None:
         return Fp8SyncReqOutput(nonce=request.nonce, replica=replica, reply=reply.model_dump_json())
 
     scheduler._request_dispatcher += TypeBasedDispatcher([(Fp8SyncReqInput, answer)])
+
+
+def _enter_queue(original: Any, scheduler: Any, request: Any, *args: Any, **kwargs: Any) -> None:
+    """The HTTP process sends nothing to a fenced server, but what it had sent before may arrive later."""
+    if _requests is not None:
+        _requests.enter(request)
+    original(scheduler, request, *args, **kwargs)
+    if _requests is not None and _receiver is not None and _receiver.fence is not None:
+        _requests.end(request)
 
 
 def _local_folder(args: Any) -> str | None:
@@ -165,6 +178,7 @@ def _after_check(result: Any, updater: Any, request: Any, *rest: Any, **more: An
 _HOOKS: tuple[tuple[str, Any, HookType], ...] = (
     (_RUNNER, reserve_staging, HookType.AROUND),
     (_SCHEDULER, _attach_receiver, HookType.AFTER),
+    (_QUEUE, _enter_queue, HookType.AROUND),
     (_HTTP, run_with_control, HookType.AROUND),
     (f"{_MANAGER}.generate_request", generate, HookType.AROUND),
     (f"{_MANAGER}._send_one_request", send, HookType.AROUND),

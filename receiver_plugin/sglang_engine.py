@@ -14,6 +14,7 @@ from sglang.version import __version__ as SGLANG_VERSION
 
 from receiver_plugin.binding import Derived
 from receiver_plugin.sglang_derived import SglangDerived, unknown_tensors
+from receiver_plugin.sglang_keep import RunningRequests
 from receiver_plugin.sglang_memory import SglangMemory
 from receiver_plugin.sglang_refusals import Backends, refused_copies, refused_layers
 from shared import protocol as wire
@@ -57,6 +58,7 @@ class SglangEngine:
         self._scheduler, self._model = scheduler, model
         self.derived: Derived = SglangDerived(model)
         self.memory = SglangMemory(scheduler)
+        self.requests = RunningRequests(scheduler)
         self._on_gpu = next(model.parameters()).is_cuda
         self._capability = _capability() if self._on_gpu else (0, 0)
         self.placement()  # releases that keep these elsewhere do not start
@@ -77,6 +79,7 @@ class SglangEngine:
             compute_capability="{}.{}".format(*_capability()) if self._on_gpu else "",
             gemm_backend=get_fp8_gemm_runner_backend().value if self._on_gpu else "torch",
             moe_backend=str(self._scheduler.server_args.moe_runner_backend),
+            cannot_keep=tuple(self.requests.cannot_keep()),
         )
 
     def placement(self) -> str:
@@ -103,10 +106,19 @@ class SglangEngine:
 
     def flush_cache(self) -> bool:
         flushed = self._flush_kv_cache()
-        cache = image_embeddings().embedding_cache
-        if flushed and cache is not None:
-            cache.clear()  # SGLang keeps what the old weights made of an image that it has seen
+        if flushed:
+            _forget_images()
         return flushed
+
+    def cannot_keep(self) -> list[str]:
+        return self.requests.cannot_keep()
+
+    def renew_cache(self, name: str) -> None:
+        self.requests.renew_cache(name)
+        _forget_images()
+
+    def end_requests(self) -> None:
+        self.requests.end_all()
 
     def _flush_kv_cache(self) -> bool:
         scheduler = self._scheduler
@@ -125,9 +137,14 @@ class SglangEngine:
             torch.cuda.synchronize()
 
     def publish(self, version: int) -> None:
-        record = getattr(self._scheduler, "record_weight_version_change", None)  # from 0.5.19 on
-        if record is not None:
-            record(new_version=str(version))
+        self.requests.label(str(version))
+
+
+def _forget_images() -> None:
+    """SGLang keeps what the old weights made of an image that it has seen."""
+    cache = image_embeddings().embedding_cache
+    if cache is not None:
+        cache.clear()
 
 
 def image_embeddings() -> Any:

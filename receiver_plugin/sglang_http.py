@@ -73,7 +73,7 @@ class SchedulerChannel:
             self._complete.set()
 
     @asynccontextmanager
-    async def drained(self, in_flight: wire.InFlight) -> AsyncIterator[None]:
+    async def drained(self, in_flight: wire.Drain) -> AsyncIterator[None]:
         """Inside, no request runs.
 
         Raises: PushError: generation is paused, so that the requests under way will not end.

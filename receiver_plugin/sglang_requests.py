@@ -81,15 +81,14 @@ async def generate(original: Any, manager: Any, *args: Any, **kwargs: Any) -> As
 
 
 def _version_of(part: Any, control: Control) -> int:
-    """That of the last token in `part`: a commit that lets requests run may be done before all replicas have said so.
+    """That of the last token in `part`. A reply to several prompts is a list; of several versions the newest counts.
 
-    From 0.5.19 on SGLang says which tokens came of which version. A reply to several prompts is a list.
+    From 0.5.19 on SGLang says in what ends a reply which tokens came of which version. Without its word the version may
+    be said too new, by a commit that the request did not meet, and never too old.
     """
-    if (coming := control.coming) is None:
-        return control.version
     replies = part if isinstance(part, list) else [part]
-    spans = [span for reply in replies for span in reply["meta_info"].get("weight_versions", ())]
-    return coming if any(span["version"] == str(coming) for span in spans) else control.version
+    spans = [reply["meta_info"].get("weight_versions") for reply in replies]
+    return max(control.version_of(found[-1]["version"]) if found else control.newest for found in spans)
 
 
 def send(original: Any, manager: Any, *args: Any, **kwargs: Any) -> Any:

@@ -32,6 +32,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "sglang.srt.layers.quantization.fp8.Fp8MoEMethod": (),
     "sglang.srt.layers.quantization.fp8_utils.get_fp8_gemm_runner_backend": (),
     "sglang.srt.lora.layers.BaseLayerWithLoRA": (),
+    "sglang.srt.managers.io_struct.AbortReq": ("abort_all", "rid"),
     "sglang.srt.managers.io_struct.BaseReq": (),
     "sglang.srt.managers.io_struct.hook_custom_types": (),
     "sglang.srt.managers.io_struct.CheckWeightsReqInput.action": (),
@@ -39,8 +40,12 @@ NAMES: dict[str, tuple[str, ...]] = {
     "sglang.srt.managers.io_struct.ResumeMemoryOccupationReqInput.tags": (),
     "sglang.srt.managers.io_struct.ContinueGenerationReqInput.torch_empty_cache": (),
     "sglang.srt.managers.io_struct.PauseGenerationReqInput.mode": (),
+    "sglang.srt.managers.scheduler.Scheduler.abort_request": (),
+    "sglang.srt.managers.scheduler.Scheduler.continue_generation": (),
     "sglang.srt.managers.scheduler.Scheduler.flush_cache": ("empty_cache",),
     "sglang.srt.managers.scheduler.Scheduler.is_fully_idle": (),
+    "sglang.srt.managers.scheduler.Scheduler.pause_generation": (),
+    "sglang.srt.managers.scheduler.Scheduler.process_batch_result": ("batch", "result"),
     "sglang.srt.managers.scheduler.Scheduler.record_weight_version_change": ("new_version",),
     "sglang.srt.managers.tokenizer_manager.ServerStatus.Up": (),
     "sglang.srt.managers.tokenizer_manager.TokenizerManager._dispatch_to_scheduler": (),
@@ -50,6 +55,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "sglang.srt.managers.tokenizer_manager.TokenizerManager.continue_generation": (),
     "sglang.srt.managers.tokenizer_manager.TokenizerManager.pause_generation": (),
     _UPDATE_ERROR: (),
+    "sglang.srt.mem_cache.base_prefix_cache.EvictParams": ("num_tokens",),
     "sglang.srt.plugins.load_plugins": (),
     "sglang.srt.server_args.prepare_server_args": (),
     "sglang.srt.utils.common.get_available_gpu_memory": (),
@@ -73,6 +79,8 @@ SERVER_ARGS = (
     *("revision", "smg_grpc_mode", "speculative_algorithm", "ssl_certfile", "tokenizer_worker_num", "url"),
     *("attn_dp_size", "cpu_offload_gb", "elastic_ep_backend", "enable_elastic_expert_backup", "offload_group_size"),
     "weight_cache_mode",
+    *("dllm_algorithm", "enable_hierarchical_cache", "enable_hisparse", "enable_session_radix_cache"),
+    "enable_streaming_session",
 )
 # The release that brought a name, where that is not the oldest supported one. Older ones lack the feature, too.
 SINCE = {
@@ -84,7 +92,7 @@ SINCE = {
 # Of objects, when fp8sync is attached to them.
 SCHEDULER = (
     *("_engine_paused", "_request_dispatcher", "enable_hicache_storage", "enable_hierarchical_cache", "server_args"),
-    "waiting_queue",
+    *("max_total_num_tokens", "tree_cache.evict", "waiting_queue"),
     *("tp_group.cpu_group", "tp_group.rank_in_group", "tp_group.world_size"),
     "tp_worker.model_runner.token_to_kv_pool",
     *("tp_worker.model_runner.model", "tp_worker.model_runner.model_config.hf_config", "weight_updater.offload_tags"),

@@ -87,7 +87,7 @@ class Fleet:
         replies = self._servers.each(wire.Describe())
         infos = [(name, reply.info) for name, reply in zip(self.names, replies, strict=True)]
         for name, info in infos:
-            check_info(name, info, self._config)
+            check_info(name, info, self._config, self._in_flight)
         now = {name: info.incarnation for name, info in infos if info is not None}
         known = self._plane is not None and now == self._incarnations
         self._incarnations = now
@@ -192,6 +192,7 @@ class Fleet:
 
     def _hold(self, names: Sequence[str], before: Literal["begin", "commit"]) -> None:
         """Shut the doors of `names` until the release."""
+        assert self._in_flight != "keep"  # `FP8Sender` refuses it
         arriving_s = 2 * self._timeout_s if before == "begin" else 0.0
         hold_s = arriving_s + self._drained_s + 2 * self._servers.answer_s  # others may need it all
         hold = wire.Hold(

@@ -45,12 +45,15 @@ class FP8Sender:
         meeting_timeout_s: how long ranks wait for each other before a push; then `RankMissingError`.
         timeout_s: how long a push may take on the servers, from its first message to its commit.
         in_flight: what a commit does to requests under way. `wait` lets them end, `retract` puts them back and they
-            start over on the new weights from what they have generated so far, `abort` ends them.
+            start over on the new weights from what they have generated so far, `abort` ends them. `keep` lets them go
+            on, the next token by the new weights on KV cache of the old ones: a reply is off-policy within itself, and
+            `meta_info.weight_versions` says where. Later requests reuse no KV cache of the old weights.
         strict: of several servers none commits unless all have drained and said that they can, and none admits a
-            request before all have committed.
+            request before all have committed. Not with `keep`, which drains nothing.
         staging: where servers keep what arrives until they commit. `auto` takes the best that each has memory for:
             `reserved` (see `--fp8sync-staging`; they serve meanwhile), `kv_pool` or `in_place` (they stand still, and
             with `in_place` a push that fails on the way fences them). Naming one of them forces it, or is an error.
+            With `keep` it is `reserved`.
         plane: the data plane, `gloo`; `memory` is for tests in one process.
         ca_file: certificates (PEM) that `https` servers are checked against, in place of the system's.
     """
@@ -84,6 +87,13 @@ class FP8Sender:
             raise ConfigError(f"in_flight={in_flight!r}: it is one of {list(get_args(InFlight))}")
         if staging not in get_args(StagingChoice):
             raise ConfigError(f"staging={staging!r}: it is one of {list(get_args(StagingChoice))}")
+        if in_flight == "keep":
+            if strict:
+                text = "requests that go on meet the new version on each server as soon as that has committed"
+                raise ConfigError(f"strict=True holds nothing with in_flight='keep': {text}")
+            if staging not in ("auto", "reserved"):
+                raise ConfigError(f"staging={staging!r} takes a server without requests; in_flight='keep' keeps them")
+            staging = "reserved"
         self._fleet = Fleet(
             clients, self._config, plane, timeout_s, in_flight=in_flight, strict=strict, staging=staging
         )

@@ -96,7 +96,7 @@ class Servers:
             server.close()
 
 
-def check_info(name: str, info: Any, config: wire.FP8BlockConfig) -> None:
+def check_info(name: str, info: Any, config: wire.FP8BlockConfig, in_flight: wire.InFlight) -> None:
     """Raises: IncompatibleServerError: the server cannot take part in a push of this sender."""
     if info is None:
         raise IncompatibleServerError(f"{name} did not say what it is")
@@ -116,4 +116,8 @@ def check_info(name: str, info: Any, config: wire.FP8BlockConfig) -> None:
         blocks = "no block FP8" if info.block_size is None else f"blocks of {list(info.block_size)}"
         raise IncompatibleServerError(
             f"{name} serves {blocks}, this sender sends [128, 128]: start it with the arguments of shared.launch"
+        )
+    if in_flight == "keep" and info.cannot_keep:
+        raise IncompatibleServerError(
+            f"{name} cannot let requests go on across a commit: {'; '.join(info.cannot_keep)}"
         )

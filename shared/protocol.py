@@ -37,7 +37,9 @@ DTypeName = Literal["bfloat16", "float16", "float32", "float8_e4m3fn"]
 PlaneName = Literal["gloo", "memory"]
 ServerState = Literal["FENCED", "SERVING", "RECEIVING", "STAGED"]
 # What a commit does to requests under way: let them end, put them back and compute their prompts anew, or end them.
-InFlight = Literal["wait", "retract", "abort"]
+Drain = Literal["wait", "retract", "abort"]
+# Or none of these: they keep their KV cache and go on, with the new weights from the next token on.
+InFlight = Literal[Drain, "keep"]
 # Where a server keeps what arrives until it commits, the one that serves on first (`receiver_plugin/rooms.py`).
 StagingWay = Literal["reserved", "kv_pool", "in_place"]
 StagingChoice = Literal["auto", "reserved", "kv_pool", "in_place"]
@@ -186,7 +188,7 @@ class Hold(_Wire):
     version: int
     drain_s: Seconds
     hold_s: Seconds
-    in_flight: InFlight
+    in_flight: Drain
     before: Literal["begin", "commit"] = "commit"
 
 
@@ -206,6 +208,7 @@ class Prepare(_Wire):
     version: int
     hold_s: Seconds = 60.0
     before: Literal["begin", "commit"] = "commit"
+    in_flight: InFlight = "wait"
 
 
 class Abort(_Wire):
@@ -233,7 +236,7 @@ ControlMessage = Annotated[
 
 
 class ServerInfo(_Wire):
-    """What a server says of itself."""
+    """What a server says of itself. `cannot_keep`: why it would refuse a commit that lets requests go on."""
 
     protocol: int
     sglang_version: str
@@ -245,6 +248,7 @@ class ServerInfo(_Wire):
     compute_capability: str
     gemm_backend: str
     moe_backend: str
+    cannot_keep: tuple[str, ...] = ()
 
 
 class WireError(_Wire):

@@ -8,12 +8,14 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
-from receiver_plugin.door import Door
+from receiver_plugin.door import Door, _prepare
 from shared import protocol
 from shared.errors import PushError
 
 COMMIT = protocol.Commit(session="s", version=4, drain_s=5.0)
+KEEP = COMMIT.model_copy(update={"in_flight": "keep"})
 HELD = COMMIT.model_copy(update={"held": True})
 HOLD = protocol.Hold(session="s", version=4, drain_s=5.0, hold_s=5.0, in_flight="wait")
 
@@ -201,6 +203,56 @@ def test_what_keeps_it_from_draining_is_told() -> None:
 
     reply, _ = run(steps)
     assert reply.error is not None and reply.error.message == "generation is paused; nothing was touched"
+
+
+def test_with_keep_the_door_stays_open() -> None:
+    async def steps(schedulers: Schedulers) -> tuple[protocol.Reply, list[Any]]:
+        met: list[Any] = []
+
+        async def ask(message: Any) -> protocol.Reply:
+            met.append((door.coming, door.passing))
+            return await schedulers.ask(message)
+
+        door = Door(schedulers, ask, lambda: False)
+        reply = await door.commit(KEEP)
+        return reply, [*met, door.coming, door.passing]
+
+    (reply, met), events = run(steps)
+    assert reply.error is None and events == ["commit"] and met == [(4, 4), None, None]
+
+
+def test_with_keep_replicas_are_asked_first_and_told_what_becomes_of_requests() -> None:
+    async def steps(schedulers: Schedulers) -> protocol.Reply:
+        schedulers.num_replicas = 2
+        schedulers.refused["prepare"] = "IncompatibleServerError"
+        return await schedulers.door.commit(KEEP)
+
+    reply, events = run(steps)
+    assert reply.error is not None and reply.error.kind == "IncompatibleServerError" and events == ["prepare"]
+    assert _prepare(KEEP).in_flight == "keep" and _prepare(HOLD).in_flight == "wait"
+
+
+def test_nothing_is_held_with_keep() -> None:
+    with pytest.raises(ValidationError):
+        protocol.Hold(session="s", version=4, drain_s=5.0, hold_s=5.0, in_flight="keep")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("how", ["an answer", "cut off"])
+def test_with_keep_requests_end_where_the_server_is_fenced(how: str) -> None:
+    async def steps(schedulers: Schedulers) -> None:
+        schedulers.fenced = True
+        if how == "cut off":
+            schedulers.ask = cut_off  # type: ignore[method-assign]
+            schedulers.door = Door(schedulers, cut_off, lambda: True)
+            with pytest.raises(asyncio.CancelledError):
+                await schedulers.door.commit(KEEP)
+        else:
+            await schedulers.door.commit(KEEP)
+
+    async def cut_off(message: Any) -> protocol.Reply:
+        raise asyncio.CancelledError
+
+    assert run(steps)[1][-1] == "abort all"
 
 
 @pytest.mark.parametrize(("in_flight", "aborted"), [("wait", False), ("retract", True), ("abort", False)])

@@ -21,6 +21,12 @@ from tests.test_http import FakeChannel
 COMMIT = protocol.Commit(session="s", version=1, drain_s=5.0)
 
 
+def reply_to(request: Any, *labels: str) -> dict[str, Any]:
+    """As SGLang's; the last part of one has `labels` of its tokens from 0.5.19 on."""
+    spans = [{"version": label, "start": n, "end": n + 1} for n, label in enumerate(labels)]
+    return {"text": f"reply to {request}", "meta_info": {"weight_versions": spans} if spans else {}}
+
+
 class FakeManager:
     """SGLang's tokenizer manager with our hooks around it; `requests` are those that left for the schedulers."""
 
@@ -31,11 +37,11 @@ class FakeManager:
         names = ("_cond", "_lock", "_readers", "acquire_writer", "release_writer")
         self.model_update_lock = SimpleNamespace(**dict.fromkeys(names))
 
-    async def _generate_request(self, request: Any) -> AsyncIterator[str]:
+    async def _generate_request(self, request: Any) -> AsyncIterator[dict[str, Any]]:
         self.event_loop = asyncio.get_running_loop()
         await asyncio.sleep(0)
         sglang_requests.send(FakeManager._send_one_request, self, request)
-        yield f"reply to {request}"
+        yield reply_to(request)
 
     def _send_one_request(self, request: Any) -> None:
         self.requests.append(request)
@@ -92,7 +98,7 @@ def test_a_fenced_engine_refuses_until_a_push(monkeypatch: pytest.MonkeyPatch) -
             attached.engine.generate("a")
     assert attached.engine.tokenizer_manager.requests == []
     assert attached.push(1).version == 1
-    assert attached.engine.generate("b") == "reply to b"
+    assert attached.engine.generate("b") == reply_to("b")
 
 
 def test_demands(attached: Attached) -> None:
@@ -140,7 +146,7 @@ def test_a_push_into_a_loop_that_runs(attached: Attached) -> None:
         return reply, await asyncio.to_thread(attached.push, 1)
 
     reply, pushed = asyncio.run(serve())
-    assert reply == "reply to a" and pushed.version == 1
+    assert reply == reply_to("a") and pushed.version == 1
 
 
 def test_a_loop_that_is_blocked_is_no_hang(attached: Attached) -> None:
@@ -193,6 +199,36 @@ def test_tokens_of_a_commit_that_not_all_have_confirmed(attached: Attached, many
         attached.engine.loop.run_until_complete(ask())
 
 
+@pytest.mark.parametrize(
+    ("labels", "during", "served", "end"),
+    [
+        (("1",), None, 2, 1),  # it ended before the commit, and was read after it
+        (("1", "2"), None, 2, 2),
+        (("1", "2"), 2, 1, 2),  # the commit's answer is still on its way
+        (("default",), None, 1, 0),
+        ((), None, 2, 2),  # releases without labels: as far as this process knows
+        ((), 2, 1, 2),
+    ],
+)
+def test_the_end_of_a_reply_that_goes_on_across_a_commit(
+    attached: Attached, labels: tuple[str, ...], during: int | None, served: int, end: int
+) -> None:
+    for version in range(1, served + 1):
+        attached.push(version)
+
+    async def one_part(manager: FakeManager, request: Any) -> AsyncIterator[Any]:
+        sglang_requests.send(FakeManager._send_one_request, manager, request)
+        attached.client._control._door._passing = during
+        yield reply_to(request, *labels)
+
+    async def ask() -> list[Any]:
+        return [part async for part in sglang_requests.generate(one_part, attached.engine.tokenizer_manager, "a")]
+
+    with requires_version() as versions:
+        attached.engine.loop.run_until_complete(ask())
+    assert (versions.start, versions.end) == (served, end)
+
+
 @asynccontextmanager
 async def held(lock: asyncio.Lock) -> AsyncIterator[None]:
     async with lock:
@@ -203,14 +239,14 @@ def test_the_lock_is_let_go_when_one_part_is_taken(attached: Attached) -> None:
     """SGLang takes the one part of a plain reply and drops the generator; its lock must come free all the same."""
     lock = asyncio.Lock()
 
-    async def one_part(manager: FakeManager, request: Any) -> AsyncIterator[str]:
+    async def one_part(manager: FakeManager, request: Any) -> AsyncIterator[dict[str, Any]]:
         async with held(lock):
             sglang_requests.send(FakeManager._send_one_request, manager, request)
-            yield "reply"
+            yield reply_to(request)
 
     async def ask() -> None:
         manager = attached.engine.tokenizer_manager
-        assert await anext(sglang_requests.generate(one_part, manager, "a")) == "reply"
+        assert await anext(sglang_requests.generate(one_part, manager, "a")) == reply_to("a")
         await asyncio.wait_for(lock.acquire(), 5.0)
 
     attached.engine.loop.run_until_complete(ask())

@@ -49,6 +49,9 @@ def _take_all_hooks() -> None:
     HookRegistry._patched.update(HookRegistry._hooks)
 
 
+SCHEDULER_CLASS = "sglang.srt.managers.scheduler.Scheduler"
+
+
 def remove(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Take the dotted `name` away from the module or class that defines it."""
     holder_name, _, attribute = name.rpartition(".")
@@ -179,14 +182,15 @@ def test_parameters_are_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_older_releases_are_not_asked_for_newer_names(monkeypatch: pytest.MonkeyPatch) -> None:
     name = "sglang.srt.managers.scheduler.Scheduler.record_weight_version_change"
-    older = type("Scheduler", (), {"flush_cache": flush, "is_fully_idle": flush})
+    methods = {known.rpartition(".")[2] for known in NAMES if known.startswith(f"{SCHEDULER_CLASS}.")}
+    older = type("Scheduler", (), dict.fromkeys(methods - {"record_weight_version_change"}, flush))
     monkeypatch.setattr("sglang.srt.managers.scheduler.Scheduler", older)
     assert missing_names("0.5.16") == []
     assert name in missing_names("0.5.19") and name in missing_names("0.6.0")
 
 
-def flush(self: object, empty_cache: bool = True) -> None:
-    """As SGLang's."""
+def flush(self: object, batch: object = None, result: object = None, empty_cache: bool = True) -> None:
+    """With the parameters of all of SGLang's."""
 
 
 def test_objects_are_looked_through() -> None:
@@ -212,8 +216,8 @@ ALIASES = {  # how the adapter modules call SGLang's objects
     "args": "args",
     "server_args": "args",
 }
-# Looked for and done without: older releases keep the replica's number elsewhere.
-OPTIONAL = {"scheduler.ps", "scheduler.ps.dp_rank"}
+# Looked for and done without: older releases keep the replica's number elsewhere; no queue without overlap scheduling.
+OPTIONAL = {"scheduler.ps", "scheduler.ps.dp_rank", "scheduler.result_queue"}
 MODULES = sorted({*(ROOT / "receiver_plugin").glob("sglang_*.py")} - {Path(sglang_surface.__file__)})
 
 

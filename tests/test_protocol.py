@@ -83,7 +83,7 @@ FIELDS = {
     "Open": "kind sender session incarnation plan_hash bucket_bytes staging rendezvous",
     "Begin": "kind session version deadline_s held",
     "Verify": "kind session version digests",
-    "Prepare": "kind session version hold_s before",
+    "Prepare": "kind session version hold_s before in_flight",
     "Hold": "kind session version drain_s hold_s in_flight before",
     "Commit": "kind session version drain_s in_flight held",
     "Release": "kind session version",
@@ -97,7 +97,7 @@ FIELDS = {
     "ManifestTensor": "name shape dtype quantized",
     "FP8BlockConfig": "block_size dtype scale_fmt zero_scale modules_to_not_convert",
     "ServerInfo": "protocol sglang_version incarnation num_ranks block_size scale_fmt device compute_capability "
-    "gemm_backend moe_backend",
+    "gemm_backend moe_backend cannot_keep",
 }
 
 

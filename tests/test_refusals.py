@@ -25,6 +25,7 @@ from sender import FP8Sender
 from sender.control import InProcessControl
 from shared import errors, protocol
 from tests.in_process import one_thread, sglang_rank
+from tests.test_keep import OPTIONS_OFF
 from tests.test_push_memory import expected
 from tests.tiny_models import FakeEngine, Served, Trainer
 from tests.zoo import CASES, Case
@@ -334,9 +335,12 @@ def test_mla_that_is_never_derived_again_fences(models: dict[str, nn.Module]) ->
 
 @pytest.fixture
 def engine(model: nn.Module) -> SglangEngine:
+    from sglang.srt.mem_cache.radix_cache import RadixCache
+
     config = SimpleNamespace(hf_config=SimpleNamespace(quantization_config={}))
     scheduler = SimpleNamespace(
-        server_args=SimpleNamespace(moe_runner_backend="auto"),
+        server_args=SimpleNamespace(moe_runner_backend="auto", **OPTIONS_OFF),
+        tree_cache=RadixCache.create_simulated(),
         tp_group=SimpleNamespace(world_size=1),
         tp_worker=SimpleNamespace(model_runner=SimpleNamespace(model_config=config)),
         weight_updater=SimpleNamespace(offload_tags=set()),

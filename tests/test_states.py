@@ -74,21 +74,30 @@ class Rig:
     def verify_other_digests(self) -> None:
         self._tell(protocol.Verify(session=self._session, version=self._version, digests=(1,) * len(self._digests)))
 
-    def commit(self) -> None:
-        self._tell(protocol.Commit(session=self._session, version=self._version, drain_s=5.0))
+    def commit(self, in_flight: protocol.InFlight = "wait") -> None:
+        message = protocol.Commit(session=self._session, version=self._version, drain_s=5.0, in_flight=in_flight)
+        self._tell(message)
 
     def commit_while_requests_run(self) -> None:
         self.server.engine.idle = False
         self.commit()
         self.server.engine.idle = True
 
-    def commit_and_a_copy_fails(self) -> None:
+    def commit_that_keeps_requests(self) -> None:
+        self.server.engine.idle = False
+        self.commit("keep")
+        self.server.engine.idle = True
+
+    def commit_and_a_copy_fails(self, in_flight: protocol.InFlight = "wait") -> None:
         def fail() -> None:
             raise RuntimeError("the device is lost")
 
         self.server.engine.on_synchronize = fail
-        self.commit()
+        self.commit(in_flight)
         self.server.engine.on_synchronize = lambda: None
+
+    def commit_that_keeps_requests_and_a_copy_fails(self) -> None:
+        self.commit_and_a_copy_fails("keep")
 
     def abort(self) -> None:
         self._tell(protocol.Abort(session=self._session, version=self._version, reason="why"))
@@ -112,12 +121,15 @@ EVENTS: dict[str, Callable[[Rig], None]] = {
     "Verify with other digests": Rig.verify_other_digests,
     "Commit": Rig.commit,
     "Commit while requests run": Rig.commit_while_requests_run,
+    "Commit with keep while requests run": Rig.commit_that_keeps_requests,
     "Commit, and a copy fails": Rig.commit_and_a_copy_fails,
+    "Commit with keep, and a copy fails": Rig.commit_that_keeps_requests_and_a_copy_fails,
     "Abort": Rig.abort,
     "Close": Rig.close,
     "the deadline passes": Rig.the_deadline_passes,
     "another route changes the weights": Rig.another_route_changes_the_weights,
 }
+COMMITS = {"Commit", "Commit with keep while requests run"}
 Steps = tuple[str, ...]
 
 
@@ -170,16 +182,16 @@ def test_the_document_has_every_change_of_state_and_no_other(happened: set[tuple
     for start, event, after in happened:
         if start.state == after.state:
             continue
-        ended = after.state in ("SERVING", "FENCED") and event not in ("Commit", "Commit, and a copy fails")
+        ended = after.state in ("SERVING", "FENCED") and not event.startswith("Commit")
         back = ended and after.fenced == start.fenced and event != "another route changes the weights"
         changes.add((start.state, event, "back" if back else after.state))
     assert changes == documented()
 
 
 def test_only_a_commit_lifts_a_fence(happened: set[tuple[Situation, str, Situation]]) -> None:
-    assert {event for start, event, after in happened if start.fenced and not after.fenced} == {"Commit"}
+    assert {event for start, event, after in happened if start.fenced and not after.fenced} == COMMITS
 
 
 def test_nothing_is_served_that_was_not_staged(happened: set[tuple[Situation, str, Situation]]) -> None:
-    committed = {start.state for start, event, after in happened if event == "Commit" and start.state != after.state}
+    committed = {start.state for start, event, after in happened if event in COMMITS and start.state != after.state}
     assert committed == {"STAGED"}

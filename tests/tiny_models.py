@@ -143,6 +143,8 @@ class FakeEngine:
         self.sglang_version = "0.5.23"
         self.scale_fmt: Literal["fp32", "ue8m0"] = "fp32"
         self.on_synchronize: Callable[[], None] = lambda: None
+        self.keep_refused: list[str] = []
+        self.events: list[str] = []  # what became of requests and their KV cache
 
     def info(self, incarnation: str) -> ServerInfo:
         return ServerInfo(
@@ -156,13 +158,25 @@ class FakeEngine:
             compute_capability="",
             gemm_backend="torch",
             moe_backend="none",
+            cannot_keep=tuple(self.keep_refused),
         )
 
     def unsafe(self) -> list[str]:
         return self.unsafe_reasons
 
     def flush_cache(self) -> bool:
+        if self.idle:
+            self.events.append("flushed")
         return self.idle
+
+    def cannot_keep(self) -> list[str]:
+        return self.keep_refused
+
+    def renew_cache(self, name: str) -> None:
+        self.events.append(f"renewed for version {name.split('/')[1]}")
+
+    def end_requests(self) -> None:
+        self.events.append("ended")
 
     def synchronize(self) -> None:
         self.on_synchronize()
