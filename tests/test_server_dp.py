@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from examples.tiny_qwen3 import hf_config, make_model, write_config
 from sender import FP8BlockConfig, FP8Sender, export_checkpoint
 from shared.launch import sglang_fp8_args
 from tests.server_fixtures import CHANGES
+from tests.test_server_keep import Asking, cached
 
 pytestmark = pytest.mark.server
 
@@ -78,6 +80,27 @@ def test_both_replicas_equal_a_checkpoint_load(server: LocalServer, model: nn.Mo
         assert bytes_of_ranks == loaded.probe() * 2
         wanted = replies_of(loaded, 0)
     assert output(after[0]) == output(after[1]) == output(wanted)
+
+
+def test_requests_of_both_go_on_across_a_commit(server: LocalServer, model: nn.Module) -> None:
+    """Each replica commits at a time of its own; what is said of a token is what its replica did."""
+    prompt, num_tokens = PROMPTS[0], 400
+    with closing(Asking(server)) as ask, FP8Sender([server.url], in_flight="keep") as sender:
+        before = sender.push(make_model(5, **CHANGES)).version
+        old = ask.now(prompt, num_tokens)["output_ids"]
+        streams = [ask.stream(prompt, num_tokens, routed_dp_rank=replica) for replica in range(2)]
+        for stream, _ in streams:
+            stream.until(20)
+        after = sender.push(model).version
+        for stream, done in streams:
+            done.result()
+            switched = stream.spans[0]["end"]
+            assert [span["version"] for span in stream.spans] == [str(before), str(after)]
+            assert stream.tokens[:switched] == old[:switched] and len(stream.tokens) == num_tokens
+        again = [ask.now(prompt, routed_dp_rank=replica) for replica in range(2)]
+        fresh = [replies_of(server, replica)[0] for replica in range(2)]
+    assert [cached(reply) for reply in again] == [0, 0]
+    assert all(a["output_ids"] == f["output_ids"][:8] for a, f in zip(again, fresh, strict=True))
 
 
 def test_another_sender_may_take_over(server: LocalServer, model: nn.Module) -> None:

@@ -106,11 +106,11 @@ class Asking:
         self._pool = ThreadPoolExecutor(8)
         self._web = httpx.Client(base_url=server.url, timeout=120.0, trust_env=False)
 
-    def stream(self, prompt: list[int], num_tokens: int = NUM_TOKENS) -> tuple[Stream, Future[None]]:
-        stream = Stream()
+    def stream(self, prompt: list[int], num_tokens: int = NUM_TOKENS, **more: Any) -> tuple[Stream, Future[None]]:
+        stream, body = Stream(), {**_body(prompt, num_tokens), "stream": True, **more}
 
         def read() -> None:
-            with self._web.stream("POST", "/generate", json={**_body(prompt, num_tokens), "stream": True}) as reply:
+            with self._web.stream("POST", "/generate", json=body) as reply:
                 for line in reply.iter_lines():
                     if line.startswith("data: {"):
                         part = json.loads(line.removeprefix("data: "))

@@ -22,6 +22,7 @@ from tests.test_ranks import PROCESSES
 
 STAGED: dict[str, Staged] = {
     "exception": kinds.exception,
+    "exception while requests go on": kinds.exception_with_keep,
     "rank lost": kinds.rank_lost,
     "request lost": kinds.request_lost,
     "reply lost": kinds.reply_lost,

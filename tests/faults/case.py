@@ -23,6 +23,7 @@ BOTH: tuple[PlaneName, ...] = ("memory", "gloo")
 # Kind of fault -> where it may strike, and on which planes.
 KINDS: dict[str, tuple[tuple[str, ...], tuple[PlaneName, ...]]] = {
     "exception": ((*PLANNING, *RECEIVING, *CHECKS, *COPYING), BOTH),
+    "exception while requests go on": (COPYING, BOTH),
     "rank lost": (("begin", "check", "copy", "publish"), BOTH),
     "request lost": (MESSAGES, BOTH),
     "reply lost": (MESSAGES, BOTH),

@@ -12,6 +12,7 @@ from shared import errors, protocol
 from tests.faults.case import CHECKS, COPYING
 from tests.faults.models import Trainer
 from tests.faults.run import FENCED, NEW, OLD, Ends, Pushed, Run, Violation
+from tests.faults.server import Server
 from tests.faults.tripwire import Action, InjectedError, Place, raising
 
 Staged = Callable[[Run], tuple[Ends, Pushed]]
@@ -25,6 +26,26 @@ def exception(run: Run) -> tuple[Ends, Pushed]:
     if stage in COPYING:
         return Ends((FENCED,), ANY), pushed
     return Ends((OLD,), ANY if stage in CHECKS else (OLD,)), pushed
+
+
+def exception_with_keep(run: Run) -> tuple[Ends, Pushed]:
+    """Requests run all the time. Where a copy fails they are ended, on all ranks of that server, and nowhere else."""
+    run.sender.inner._fleet._in_flight = "keep"
+    for server in run.servers:
+        assert isinstance(server, Server)
+        server.busy = True
+        for engine in server.engines:
+            engine.idle = False
+    ends, pushed = exception(run)
+    for server in run.servers:
+        assert isinstance(server, Server)
+        server.busy = False
+        for engine in server.engines:
+            engine.idle = True
+            if ("ended" in engine.events) != (server.index == run.case.server):
+                raise Violation(f"requests of {server.name}, and a copy that failed: {engine.events}")
+    run.sender.inner._fleet._in_flight = "wait"
+    return ends, pushed
 
 
 def rank_lost(run: Run) -> tuple[Ends, Pushed]:
