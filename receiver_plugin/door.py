@@ -162,7 +162,9 @@ class Door:
 
 def _prepare(message: wire.Commit | wire.Hold) -> wire.Prepare:
     prepare = wire.Prepare(session=message.session, version=message.version)
-    return prepare if isinstance(message, wire.Commit) else prepare.model_copy(update={"hold_s": message.hold_s})
+    if isinstance(message, wire.Commit):
+        return prepare
+    return prepare.model_copy(update={"hold_s": message.hold_s, "promise": message.promise})
 
 
 def _still_running(reply: wire.Reply) -> bool:

@@ -1,9 +1,9 @@
 """The receiver of one server rank: one state machine, driven by control messages, safe at every step.
 
-    SERVING(v) --Begin--> RECEIVING --Verify--> STAGED --Commit--> SERVING(v+1)
-         ^                   |                    |         |
-         +------- Abort, lost connection, expired lease ----+        failed while copying --> FENCED
-                                                                     FENCED --full push--> SERVING
+    SERVING(v) --Begin--> RECEIVING --Verify--> STAGED (--Prepare--> PROMISED) --Commit--> SERVING(v+1)
+         ^                   |                    |
+         +------- Abort, lost connection, expired lease      failed while copying, promise not kept --> FENCED
+                                                             FENCED --full push--> SERVING
 
 Requests are served with the old weights up to the commit. Nothing but `_commit` writes to live parameters, and it does
 so only after every rank has every byte, with the sender's digests, in its staging image.
@@ -89,6 +89,7 @@ class Receiver:
         self._manifest: tuple[wire.ManifestTensor, ...] | None = None
         self._plan: BindingPlan | None = None
         self._session: Session | None = None
+        self._lost: dict[str, str] = {}  # the last session that was given up, and why
         self._planned_for = ""  # what the session's plan was made for, as `Engine.info` has it
         self._handlers: dict[type, Callable[[Any], dict[str, Any]]] = {
             wire.Describe: self._describe,
@@ -109,13 +110,13 @@ class Receiver:
     def state(self) -> wire.ServerState:
         transfer = self._session.transfer if self._session else None
         if transfer is not None:
-            return "STAGED" if transfer.verified else "RECEIVING"
+            return "PROMISED" if transfer.promised else "STAGED" if transfer.verified else "RECEIVING"
         return "FENCED" if self._fence else "SERVING"
 
     def handle(self, message: Any) -> wire.Reply:
         """Answer one control message. Never raises: an error becomes part of the reply."""
         try:
-            self._drop_dead_transfer()
+            self._drop_what_is_dead()
             with torch.inference_mode(False), torch.no_grad():
                 return self._reply(**self._handlers[type(message)](message))
         except Fp8SyncError as error:
@@ -177,7 +178,8 @@ class Receiver:
 
     def _begin(self, message: wire.Begin) -> dict[str, Any]:
         session = self._session_of(message.session)
-        if message.version <= self._version:
+        again = self._fence is not None and message.version == self._version > 0  # it served that and fell out of it
+        if message.version <= self._version and not again:
             raise StaleVersionError(f"version {message.version} is not newer than {self._version}, which is served")
         if session.transfer is not None:
             raise ServerBusyError(f"version {session.transfer.version} is still on its way")
@@ -203,8 +205,13 @@ class Receiver:
     def _prepare(self, message: wire.Prepare | wire.Hold | wire.Commit) -> dict[str, Any]:
         session = self._session_of(message.session)
         transfer = session.transfer_of(message.version)
-        collect(self._ranks, lambda: self._ready_to_commit(session, transfer))
-        if not isinstance(message, wire.Commit):
+        idle = message.idle if isinstance(message, wire.Prepare) else True
+        collect(self._ranks, lambda: self._ready_to_commit(session, transfer, idle))
+        if isinstance(message, wire.Commit):
+            return {}
+        if message.promise:
+            transfer.promise(message.hold_s)
+        else:
             transfer.hold(message.hold_s)  # between its word and the commit, no deadline passes on one alone
         return {}
 
@@ -227,7 +234,7 @@ class Receiver:
         session.end_transfer("committed")
         return {}
 
-    def _ready_to_commit(self, session: Session, transfer: Any) -> None:
+    def _ready_to_commit(self, session: Session, transfer: Any, idle: bool) -> None:
         self._check_safe()
         self._check_incarnation(self._planned_for)
         if not transfer.verified:
@@ -236,21 +243,26 @@ class Receiver:
             raise CommitError(
                 f"{moved} moved in memory while version {transfer.version} was staged; nothing was touched"
             )
-        if not self._engine.flush_cache():
+        if idle and not self._engine.flush_cache():
             raise ServerBusyError("requests are still running; nothing was touched")
 
     def _copy(self, session: Session) -> None:
+        staging = session.staging
         self._engine.synchronize()
         with torch.inference_mode():
-            session.staging.commit()
-            self._engine.derived.refresh(session.staging.plan.calls)
+            staging.commit()
+            self._engine.derived.refresh(staging.plan.calls)
         self._engine.synchronize()
 
     def _abort(self, message: wire.Abort) -> dict[str, Any]:
-        session = self._session_of(message.session)
-        if session.transfer is not None and session.transfer.version == message.version:
-            logger.warning("fp8sync: version %d aborted by the sender: %s", message.version, message.reason)
-            session.end_transfer(f"aborted by the sender: {message.reason}")
+        transfer = self._session_of(message.session).transfer
+        if transfer is None or transfer.version != message.version:
+            return {}
+        logger.warning("fp8sync: version %d aborted by the sender: %s", message.version, message.reason)
+        if message.fence and transfer.promised:
+            self._fence_for(f"version {message.version} is served by others and was not taken here: {message.reason}")
+        else:
+            self._session_of(message.session).end_transfer(f"aborted by the sender: {message.reason}")
         return {}
 
     # At the end
@@ -279,6 +291,8 @@ class Receiver:
 
     def _session_of(self, session: str) -> Session:
         if self._session is None or self._session.id != session:
+            if self._lost.get(session):
+                raise SessionLostError(f"this server let go of the session: {self._lost[session]}: push again")
             holder = f"sender {self._session.sender}" if self._session else "another sender"
             raise SessionLostError(f"{holder} took over since this one planned: push again to take it back")
         return self._session
@@ -288,19 +302,31 @@ class Receiver:
             what = "its experts were moved" if incarnation.startswith(self._incarnation) else "the server restarted"
             raise SessionLostError(f"{what} since this sender planned; nothing was touched: push again")
 
-    def _drop_dead_transfer(self) -> None:
+    def _drop_what_is_dead(self) -> None:
         """A sender that died holds nothing: its stage is void, on all ranks alike, once its connection broke or its
-        deadline passed on one of them."""
+        deadline passed on one of them. A promise outlives the connection: the commit comes another way."""
         session = self._session
         if session is None:
             return
-        mine = session.transfer.dead() if session.transfer is not None else None
-        reason = next((why for why in gather(self._ranks, mine) if why is not None), None)
-        if reason is not None and session.transfer is not None:
-            logger.warning("fp8sync: version %d is given up: %s", session.transfer.version, reason)
-            session.end_transfer(reason)
+        transfer = session.transfer
+        found = gather(self._ranks, (transfer.dead() if transfer is not None else None, session.lost))
+        late = next((why for why, _ in found if why is not None), None)
+        lost = next((why for _, why in found if why is not None), None)
+        if transfer is None:
+            if lost is not None:
+                self._end_session()
+                self._lost = {session.id: lost}
+        elif transfer.promised:
+            if late is not None:
+                self._fence_for(f"it promised version {transfer.version} and heard nothing of it in time")
+        elif late is not None or lost is not None:
+            logger.warning("fp8sync: version %d is given up: %s", transfer.version, late or lost)
+            session.end_transfer(str(late or lost))
 
     def _end_session(self) -> None:
-        if self._session is not None:
-            self._session.close()
-            self._session = None
+        if self._session is None:
+            return
+        if (transfer := self._session.transfer) is not None and transfer.promised:
+            self._fence_for(f"it promised version {transfer.version}, and its sender left")
+        self._session.close()
+        self._session = None

@@ -3,6 +3,9 @@
 The thread joins the data plane, then waits for pushes. For each it receives every bucket into the bucket buffer, takes
 the digest, and scatters the bucket over the staging image. It never touches a live parameter and never talks to other
 ranks. An error ends the push and is kept for the next control message; the sender makes a new session after it.
+
+Between pushes the thread looks whether the sender is still there. If it is gone, or no push can come any more, the
+staging is freed at once (what was staged by then: after its deadline), and the thread ends.
 """
 
 from __future__ import annotations
@@ -23,6 +26,9 @@ from shared.protocol import Open
 
 logger = logging.getLogger(__name__)
 
+_LOOK_S = 1.0  # how often an idle session looks whether its sender is there
+_GRACE_S = 60.0  # for what was staged, after its deadline: a commit that came in time may still be at work
+
 
 class Transfer:
     """One push under way. `done` is set when all buckets have arrived or `error` says why not."""
@@ -35,6 +41,7 @@ class Transfer:
         self.digests: list[int] = []
         self.error: str | None = None
         self.verified = False
+        self.promised = False
 
     def dead(self) -> str | None:
         """Why this push can no longer succeed, or None."""
@@ -45,6 +52,10 @@ class Transfer:
     def hold(self, seconds: float) -> None:
         """Stay alive for at least `seconds` from now."""
         self.deadline = max(self.deadline, time.monotonic() + seconds)
+
+    def promise(self, seconds: float) -> None:
+        """From here on this push ends with a commit, an abort, or a fence, `seconds` from now at the latest."""
+        self.promised, self.deadline = True, time.monotonic() + seconds
 
     def remaining_s(self) -> float:
         if self.cancelled.is_set():
@@ -72,6 +83,7 @@ class Session:
         self.id, self.sender = opened.session, opened.sender
         self._staging: Staging | None = staging
         self.transfer: Transfer | None = None
+        self.lost: str | None = None  # why no push can come through this session
         self._ended = "never begun"
         self._layout = layout
         self._wake = threading.Condition()
@@ -102,6 +114,8 @@ class Session:
             self._ended = why
             self.transfer.cancelled.set()
             self.transfer = None
+            with self._wake:
+                self._wake.notify()
 
     def close(self) -> None:
         """Free the staging for the next session and stop the thread.
@@ -126,22 +140,43 @@ class Session:
         except Exception as error:
             logger.exception("fp8sync: joining the data plane failed")
             failure = f"{type(error).__name__}: {error}"
-        while (transfer := self._next()) is not None:
+        while (transfer := self._next(plane, failure)) is not None:
             if failure is None and plane is not None:
                 failure = self._receive(plane, transfer)
             transfer.error = failure
             transfer.done.set()
-            if failure is not None and plane is not None:
-                plane.close()  # no push can come through this session: the sender learns of it now, not at its deadline
-                plane = None
+            if failure is not None:
+                self.lost = failure
+                break
         if plane is not None:
-            plane.close()
+            plane.close()  # the sender learns of it now, not at its deadline
+        self._let_go()
 
-    def _next(self) -> Transfer | None:
+    def _next(self, plane: ReceiveHalf | None, failure: str | None) -> Transfer | None:
+        """The next push, or None if there will be none. A sender that comes in time is told why it could not join."""
+        given_up_at = time.monotonic() + _GRACE_S
+        while True:
+            with self._wake:
+                self._wake.wait_for(lambda: self._closed or self._pending is not None, _LOOK_S)
+                transfer, self._pending = self._pending, None
+                if self._closed or transfer is not None:
+                    return None if self._closed else transfer
+            if failure is not None and time.monotonic() > given_up_at:
+                self.lost = failure
+            elif plane is not None and not plane.alive():
+                self.lost = "its sender is gone"
+            if self.lost is not None:
+                return None
+
+    def _let_go(self) -> None:
+        """Free the staging, once nothing that is in it can be committed any more."""
         with self._wake:
-            self._wake.wait_for(lambda: self._closed or self._pending is not None)
-            transfer, self._pending = self._pending, None
-            return None if self._closed else transfer
+            while not self._closed and (transfer := self.transfer) is not None:
+                left = transfer.deadline + _GRACE_S - time.monotonic()
+                if transfer.error is not None or left <= 0:
+                    break
+                self._wake.wait(left)
+            self._staging = None
 
     def _receive(self, plane: ReceiveHalf, transfer: Transfer) -> str | None:
         device = self.staging.bucket.device

@@ -8,7 +8,8 @@ Order of messages in the life of a sender (S = sender, rank 0 of the trainer; R 
     every push    S -> R  Begin               version v comes now (R receives in the background and keeps serving)
                   S => R  flat uint8 buckets  on the data plane
                   S -> R  Verify              these are the digests; R compares and is STAGED
-                  S -> R  Hold                strict only: let no request run until Release
+                  S -> R  Prepare             several servers: promise to commit v or to be fenced, unless I say Abort
+                  S -> R  Hold                strict only, in its place: let no request run until Release
                   S -> R  Commit              copy in place, publish v
                   S -> R  Release             strict only: every server has answered its Commit, go on
                   S -> R  Abort               instead of Verify or Commit: forget v, keep serving what you have
@@ -27,14 +28,14 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from shared.errors import ConfigError, IncompatibleServerError
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 MIN_SGLANG_VERSION = "0.5.16"
 CONTROL_PATH, INFO_PATH = "/fp8sync/control", "/fp8sync/info"
 LONGEST_DEADLINE_S = 24 * 3600.0
 
 DTypeName = Literal["bfloat16", "float16", "float32", "float8_e4m3fn"]
 PlaneName = Literal["gloo", "memory"]
-ServerState = Literal["FENCED", "SERVING", "RECEIVING", "STAGED"]
+ServerState = Literal["FENCED", "SERVING", "RECEIVING", "STAGED", "PROMISED"]
 # What a commit does to requests under way: let them end, put them back and compute their prompts anew, or end them.
 InFlight = Literal["wait", "retract", "abort"]
 
@@ -171,7 +172,10 @@ class Commit(_Wire):
 
 
 class Hold(_Wire):
-    """Drain within `drain_s`, say whether Commit would succeed, and admit nothing until Release or for `hold_s`."""
+    """Drain within `drain_s`, say whether Commit would succeed, and admit nothing until Release or for `hold_s`.
+
+    `promise`: as that of `Prepare`.
+    """
 
     kind: Literal["hold"] = "hold"
     session: str
@@ -179,6 +183,7 @@ class Hold(_Wire):
     drain_s: Seconds
     hold_s: Seconds
     in_flight: InFlight
+    promise: bool = False
 
 
 class Release(_Wire):
@@ -188,19 +193,28 @@ class Release(_Wire):
 
 
 class Prepare(_Wire):
-    """Would Commit succeed now, and for `hold_s` from now? Asked before a commit that others take part in."""
+    """Would Commit succeed now, and for `hold_s` from now? Asked before a commit that others take part in.
+
+    `idle`: no request may run. `promise`: who says yes commits, goes back when it hears Abort, or is fenced: also if it
+    hears nothing for `hold_s`, because the others may have committed by then.
+    """
 
     kind: Literal["prepare"] = "prepare"
     session: str
     version: int
     hold_s: Seconds = 60.0
+    idle: bool = True
+    promise: bool = False
 
 
 class Abort(_Wire):
+    """Forget the push. `fence`: others have committed, so a server that promised and did not must not serve on."""
+
     kind: Literal["abort"] = "abort"
     session: str
     version: int
     reason: str
+    fence: bool = False
 
 
 class Close(_Wire):

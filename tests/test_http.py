@@ -185,7 +185,7 @@ def refusing(error: Exception, kind: str | None = None) -> Callable[[Any], proto
         b'{"kind":"close"}',
         b'{"kind":"close","session":"s","extra":1}',
         b'{"kind":"close","session":7}',
-        b'{"kind":"describe","protocol":3}',
+        b'{"kind":"describe","protocol":4}',
     ],
 )
 def test_what_is_no_message_goes_nowhere(body: bytes) -> None:

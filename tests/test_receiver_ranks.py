@@ -55,6 +55,9 @@ class Spoiling:
             self._spoilt.remove(self._rank)
             bucket[7] ^= 1
 
+    def alive(self) -> bool:
+        return self._inner.alive()
+
     def close(self) -> None:
         self._inner.close()
 

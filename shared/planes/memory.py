@@ -56,7 +56,7 @@ class MemoryReceiver:
             plane = _planes.get(rendezvous.key)
         if plane is None:
             raise TransferError(f"no sender holds the in-memory plane {rendezvous.key}")
-        self._queue = plane.queues[rank]
+        self._key, self._queue = rendezvous.key, plane.queues[rank]
 
     def receive(self, bucket: torch.Tensor, timeout_s: float) -> None:
         try:
@@ -68,6 +68,10 @@ class MemoryReceiver:
         if arrived.numel() != bucket.numel():
             raise TransferError(f"a bucket of {arrived.numel()} bytes arrived, expected {bucket.numel()}")
         bucket.copy_(arrived)
+
+    def alive(self) -> bool:
+        with _lock:
+            return self._key in _planes
 
     def close(self) -> None:
         """Nothing is held."""

@@ -123,5 +123,8 @@ class FaultyHalf:
         self._inner.receive(bucket, timeout_s)
         self._tripwire.at("received", *self._place, bucket)
 
+    def alive(self) -> bool:
+        return self._inner.alive()
+
     def close(self) -> None:
         self._inner.close()
