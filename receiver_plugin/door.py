@@ -230,7 +230,8 @@ def _prepare(message: wire.Commit | wire.Hold) -> wire.Prepare:
     prepare = wire.Prepare(session=message.session, version=message.version, in_flight=message.in_flight)
     if isinstance(message, wire.Commit):
         return prepare
-    return prepare.model_copy(update={"hold_s": message.hold_s, "before": message.before})
+    more = {"hold_s": message.hold_s, "before": message.before, "promise": message.promise}
+    return prepare.model_copy(update=more)
 
 
 def _still_running(reply: wire.Reply) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, Protocol
 
@@ -26,6 +27,7 @@ from shared.errors import ConfigError, Fp8SyncError
 logger = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 64 << 20
+_PROMISE_SLACK_S = 60.0  # for the schedulers' own time to answer, once requests have ended
 
 # What a fenced server still answers: what one needs to see, drain, stop or heal it. Nothing here runs the model.
 _OPEN_WHILE_FENCED = {
@@ -107,8 +109,9 @@ class Control:
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
-        self._door = Door(channel, self._ask, lambda: self._fence is not None)
+        self._door = Door(channel, self._ask, self._fenced)
         self._known = False
+        self._promised_until: float | None = None
         self._fence: str | None = "its schedulers have not yet said whether their weights may be served"
         self._published = 0
         self._labels: set[str] = set()  # of all versions that were served here
@@ -141,14 +144,25 @@ class Control:
 
     async def fence(self) -> str | None:
         """Why requests must be refused, or None."""
-        if not self._known:
+        if self._overdue() or not self._known:
             await self._ask(wire.Describe())
         return self._fence
 
     def refuse_if_fenced(self) -> None:
         """Raises: FencedError: 503 with the reason."""
+        self._overdue()
         if self._fence is not None:
             raise FencedError(self._fence)
+
+    def _fenced(self) -> bool:
+        return self._overdue() or self._fence is not None
+
+    def _overdue(self) -> bool:
+        """Whether a promise was not kept: by its deadline it ends, also if nobody asks the schedulers."""
+        if self._promised_until is None or time.monotonic() < self._promised_until:
+            return False
+        self._fence = "it promised to commit, and heard nothing in time"
+        return True
 
     async def control(self, request: Request) -> Response:
         try:
@@ -162,6 +176,8 @@ class Control:
     async def answer(self, message: Any) -> wire.Reply:
         """The server's answer to one control message."""
         if isinstance(message, wire.Commit):
+            if self._promised_until is not None and not message.held:
+                return await self._commit_promised(message)
             return await self._door.commit(message)
         if isinstance(message, wire.Hold):
             return await self._door.hold(message)
@@ -172,10 +188,16 @@ class Control:
             return await self._ask(wire.Describe())
         if isinstance(message, wire.Abort | wire.Close):
             try:
-                return await self._ask(message)  # first: what was not committed must not be in the way of requests
+                return await self._ask(message)  # first: they may fence, or have to make room for requests
             finally:
                 await self._door.release(message.session)
         return await self._ask(message)
+
+    async def _commit_promised(self, message: wire.Commit) -> wire.Reply:
+        """It was heard in time: while requests end, the promise holds."""
+        hold_s = min(message.drain_s + _PROMISE_SLACK_S, wire.LONGEST_DEADLINE_S)
+        reply = await self._ask(_still_promised(message, hold_s))
+        return reply if reply.error is not None else await self._door.commit(message)
 
     async def info(self, request: Request) -> Response:
         reply = await self._ask(wire.Describe())
@@ -205,12 +227,23 @@ class Control:
             self._channel.publish(reply.version)
             self._published = reply.version
             self._labels.add(str(reply.version))
+        if reply.state != "PROMISED":
+            self._promised_until = None
+        elif reply.error is None:
+            self._note_promise(message)
         self._known, self._fence = True, reply.fence
         if reply.exclusive and not self._door.excludes:
             self._fence = self._fence or "a push is writing where requests would run, and its door is not shut"
+        self._overdue()
         return reply
 
+    def _note_promise(self, message: Any) -> None:
+        """After the schedulers' own clock has started, so that it does not end before theirs."""
+        if isinstance(message, wire.Prepare) and message.promise:
+            self._promised_until = time.monotonic() + message.hold_s
+
     def _no_answer(self, message: Any, error: Fp8SyncError) -> wire.Reply:
+        self._note_promise(message)  # they may have given it
         if isinstance(message, wire.Commit):  # nobody knows what became of it: fail closed
             who = "no rank" if self._channel.num_replicas == 1 else "not every replica"
             self._fence = f"{who} confirmed the commit of version {message.version}: {error}"
@@ -225,6 +258,10 @@ class Control:
         found = wire.WireError(kind=type(error).__name__, message=str(error))
         state: wire.ServerState = "FENCED" if self._fence else "SERVING"
         return wire.Reply(state=state, version=self._published, fence=self._fence, error=found)
+
+
+def _still_promised(message: wire.Commit, hold_s: float) -> wire.Prepare:
+    return wire.Prepare(session=message.session, version=message.version, hold_s=hold_s, idle=False, promise=True)
 
 
 async def _body(request: Request) -> bytes:

@@ -1,9 +1,9 @@
 """The receiver of one server rank: one state machine, driven by control messages, safe at every step.
 
-    SERVING(v) --Begin--> RECEIVING --Verify--> STAGED --Commit--> SERVING(v+1)
-         ^                   |                    |         |
-         +------- Abort, lost connection, expired lease ----+        failed while copying --> FENCED
-                                                                     FENCED --full push--> SERVING
+    SERVING(v) --Begin--> RECEIVING --Verify--> STAGED (--Prepare--> PROMISED) --Commit--> SERVING(v+1)
+         ^                   |                    |
+         +------- Abort, lost connection, expired lease      failed while copying, promise not kept --> FENCED
+                                                             FENCED --full push--> SERVING
 
 Requests are served with the old weights up to the commit, or wait for it where a push arrives in memory that they use
 (`receiver_plugin.rooms`). Nothing but `_commit` writes to live parameters, and it does so only after every rank has
@@ -102,7 +102,7 @@ class Receiver:
     def state(self) -> wire.ServerState:
         transfer = self._session.transfer if self._session else None
         if transfer is not None:
-            return "STAGED" if transfer.verified else "RECEIVING"
+            return "PROMISED" if transfer.promised else "STAGED" if transfer.verified else "RECEIVING"
         return "FENCED" if self._fence else "SERVING"
 
     def handle(self, message: Any) -> wire.Reply:
@@ -180,7 +180,8 @@ class Receiver:
         return {}
 
     def _prepare_to_begin(self, session: Session, version: int) -> None:
-        if version <= self._version:
+        again = self._fence is not None and version == self._version > 0  # it served that and fell out of it
+        if version <= self._version and not again:
             raise StaleVersionError(f"version {version} is not newer than {self._version}, which is served")
         if session.transfer is not None:
             raise ServerBusyError(f"version {session.transfer.version} is still on its way")
@@ -214,8 +215,13 @@ class Receiver:
             self._prepare_to_begin(session, message.version)
             return {}
         transfer = session.transfer_of(message.version)
-        collect(self._ranks, lambda: self._ready_to_commit(session, transfer, message.in_flight))
-        if not isinstance(message, wire.Commit):
+        idle = message.idle if isinstance(message, wire.Prepare) else True
+        collect(self._ranks, lambda: self._ready_to_commit(session, transfer, message.in_flight, idle))
+        if isinstance(message, wire.Commit):
+            return {}
+        if message.promise:
+            transfer.promise(message.hold_s)
+        else:
             transfer.hold(message.hold_s)  # between its word and the commit, no deadline passes on one alone
         return {}
 
@@ -245,7 +251,7 @@ class Receiver:
         self._version, self._fence = message.version, None
         return {}
 
-    def _ready_to_commit(self, session: Session, transfer: Any, in_flight: wire.InFlight) -> None:
+    def _ready_to_commit(self, session: Session, transfer: Any, in_flight: wire.InFlight, idle: bool) -> None:
         self._check_safe()
         self._check_incarnation(self._planned_for)
         if not transfer.verified:
@@ -257,21 +263,25 @@ class Receiver:
         if in_flight == "keep":
             if reasons := self._engine.cannot_keep():
                 raise IncompatibleServerError(f"no request can go on here: {'; '.join(reasons)}; nothing was touched")
-        elif not self._engine.flush_cache():
+        elif idle and not self._engine.flush_cache():
             raise ServerBusyError("requests are still running; nothing was touched")
 
     def _copy(self, session: Session) -> None:
+        staging = session.staging
         self._engine.synchronize()
         with torch.inference_mode():
-            session.staging.commit()
-            self._engine.derived.refresh(session.staging.plan.calls)
+            staging.commit()
+            self._engine.derived.refresh(staging.plan.calls)
         self._engine.synchronize()
 
     def _abort(self, message: wire.Abort) -> dict[str, Any]:
-        session = self._sessions.of(message.session)
-        if session.transfer is not None and session.transfer.version == message.version:
-            logger.warning("fp8sync: version %d aborted by the sender: %s", message.version, message.reason)
-            self._fence_if(self._sessions.give_up(f"aborted by the sender: {message.reason}"))
+        transfer = self._sessions.of(message.session).transfer
+        if transfer is None or transfer.version != message.version:
+            return {}
+        logger.warning("fp8sync: version %d aborted by the sender: %s", message.version, message.reason)
+        if not message.fence:
+            transfer.promised = False  # by the one that it was given to
+        self._fence_if(self._sessions.give_up(f"aborted by the sender: {message.reason}"))
         return {}
 
     # At the end

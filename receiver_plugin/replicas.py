@@ -67,8 +67,11 @@ def merge(message: Any, replies: Sequence[wire.Reply]) -> wire.Reply:
 
 
 def _state(replies: Sequence[wire.Reply], fence: str | None) -> wire.ServerState:
-    """STAGED only where all are; a replica without a stage, beside one that has it, holds the server back."""
+    """STAGED only where all are; a replica without a stage, beside one that has it, holds the server back. A promise
+    of one binds all."""
     states = {reply.state for reply in replies}
+    if "PROMISED" in states:
+        return "PROMISED"
     if states == {"STAGED"}:
         return "STAGED"
     if states & {"RECEIVING", "STAGED"}:

@@ -4,6 +4,9 @@ The thread joins the data plane, then waits for pushes. For each it receives eve
 the digest, and scatters the bucket over the staging image, or over the live parameters of a server that stages in
 place. It never talks to other ranks. Once a transfer has ended, its thread writes nothing more, wherever it is. An
 error ends the push and is kept for the next control message; the sender makes a new session after it.
+
+Between pushes the thread looks whether the sender is still there. If it is gone, or no push can come any more, the
+staging is freed at once (what was staged by then: after its deadline), and the thread ends.
 """
 
 from __future__ import annotations
@@ -23,6 +26,9 @@ from shared.protocol import Open, StagingWay
 
 logger = logging.getLogger(__name__)
 
+_LOOK_S = 1.0  # how often an idle session looks whether its sender is there
+_GRACE_S = 60.0  # for what was staged, after its deadline: a commit that came in time may still be at work
+
 
 class Transfer:
     """One push under way. `done` is set when all buckets have arrived or `error` says why not."""
@@ -36,6 +42,7 @@ class Transfer:
         self.digests: list[int] = []
         self.error: str | None = None
         self.verified = False
+        self.promised = False
 
     def dead(self) -> str | None:
         """Why this push can no longer succeed, or None."""
@@ -46,6 +53,10 @@ class Transfer:
     def hold(self, seconds: float) -> None:
         """Stay alive for at least `seconds` from now."""
         self.deadline = max(self.deadline, time.monotonic() + seconds)
+
+    def promise(self, seconds: float) -> None:
+        """From here on this push ends with a commit, an abort, or a fence, `seconds` from now at the latest."""
+        self.promised, self.deadline = True, time.monotonic() + seconds
 
     def cancel(self) -> None:
         """On return its thread has written the last byte that it ever writes."""
@@ -97,6 +108,7 @@ class Session:
         self.exclusive = way != "reserved"  # its transfers use what requests use
         self._staging: Staging | None = None if self.exclusive else stage()
         self.transfer: Transfer | None = None
+        self.lost: str | None = None  # why no push can come through this session
         self.ended = "never begun"
         self._layout = layout
         self._wake = threading.Condition()
@@ -146,6 +158,8 @@ class Session:
         self.transfer.cancel()
         touched = self.transfer.staging.touched
         self.transfer = None
+        with self._wake:
+            self._wake.notify()
         self.give_room_back()
         return touched
 
@@ -172,26 +186,49 @@ class Session:
         except Exception as error:
             logger.exception("fp8sync: joining the data plane failed")
             failure = f"{type(error).__name__}: {error}"
-        while True:
-            transfer = self._next()
-            if transfer is None:
-                break
+        while (transfer := self._next(plane, failure)) is not None:
             if failure is None and plane is not None:
                 failure = self._receive(plane, transfer)
             transfer.error = failure
             transfer.done.set()
-            if failure is not None and plane is not None:
-                plane.close()  # no push can come through this session: the sender learns of it now, not at its deadline
-                plane = None
+            if failure is not None:
+                self.lost = failure
+                break
             transfer = None  # and with it the memory that it had
         if plane is not None:
-            plane.close()
+            plane.close()  # the sender learns of it now, not at its deadline
+        self._let_go()
 
-    def _next(self) -> Transfer | None:
+    def _next(self, plane: ReceiveHalf | None, failure: str | None) -> Transfer | None:
+        """The next push, or None if there will be none. A sender that comes in time is told why it could not join."""
+        given_up_at = time.monotonic() + _GRACE_S
+        while True:
+            with self._wake:
+                self._wake.wait_for(lambda: self._closed or self._pending is not None, _LOOK_S)
+                transfer, self._pending = self._pending, None
+                if self._closed or transfer is not None:
+                    return None if self._closed else transfer
+            if failure is not None and time.monotonic() > given_up_at:
+                self.lost = failure
+            elif plane is not None and not plane.alive():
+                self.lost = "its sender is gone"
+            if self.lost is not None:
+                return None
+
+    def _let_go(self) -> None:
+        """Free memory of its own, once nothing that is staged there can be committed any more.
+
+        What is lent to a transfer goes back with it, on the scheduler's thread.
+        """
+        if self.exclusive:
+            return
         with self._wake:
-            self._wake.wait_for(lambda: self._closed or self._pending is not None)
-            transfer, self._pending = self._pending, None
-            return None if self._closed else transfer
+            while not self._closed and (transfer := self.transfer) is not None:
+                left = transfer.deadline + _GRACE_S - time.monotonic()
+                if transfer.error is not None or left <= 0:
+                    break
+                self._wake.wait(left)
+            self._staging = None
 
     def _receive(self, plane: ReceiveHalf, transfer: Transfer) -> str | None:
         staging = transfer.staging

@@ -32,6 +32,7 @@ class Sessions:
         self._ranks, self._memory, self._synchronize = ranks, memory, synchronize
         self.current: Session | None = None
         self._last: Session | None = None  # closed; it may still receive into the reserved bucket
+        self._lost: dict[str, str] = {}  # the last session that was given up, and why
 
     @property
     def exclusive(self) -> bool:
@@ -42,6 +43,8 @@ class Sessions:
     def of(self, session: str) -> Session:
         """Raises: SessionLostError: another one took its place."""
         if self.current is None or self.current.id != session:
+            if session in self._lost:
+                raise SessionLostError(f"this server let go of the session: {self._lost[session]}: push again")
             holder = f"sender {self.current.sender}" if self.current else "another sender"
             raise SessionLostError(f"{holder} took over since this one planned: push again to take it back")
         return self.current
@@ -86,7 +89,7 @@ class Sessions:
         if session is None or session.transfer is None:
             return None
         version = session.transfer.version
-        fence = None
+        fence = f"it promised version {version}: {why}" if session.transfer.promised else None
         try:
             if any(self.end_transfer(why)):
                 fence = f"version {version} was written in part only: {why}"
@@ -111,15 +114,23 @@ class Sessions:
 
     def give_up_dead(self) -> str | None:
         """A sender that died holds nothing: its stage is void, on all ranks alike, once its connection broke or its
-        deadline passed on one of them."""
+        deadline passed on one of them. A promise outlives the connection: the commit comes another way."""
         session = self.current
         if session is None:
             return None
-        mine = session.transfer.dead() if session.transfer is not None else None
-        reason = next((why for why in gather(self._ranks, mine) if why is not None), None)
-        if reason is None or session.transfer is None:
+        transfer = session.transfer
+        found = gather(self._ranks, (transfer.dead() if transfer is not None else None, session.lost))
+        late = next((why for why, _ in found if why is not None), None)
+        lost = next((why for _, why in found if why is not None), None)
+        if transfer is None:
+            if lost is not None:
+                self.close()
+                self._lost = {session.id: lost}
             return None
-        logger.warning("fp8sync: version %d is given up: %s", session.transfer.version, reason)
+        reason = late if transfer.promised else late or lost
+        if reason is None:
+            return None
+        logger.warning("fp8sync: version %d is given up: %s", transfer.version, reason)
         return self.give_up(reason)
 
     def give_up_memory(self, tags: Collection[str]) -> str | None:

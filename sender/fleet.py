@@ -1,4 +1,8 @@
-"""All servers of a push, as one: prepared on all, then committed on all. Lives on rank 0 of the trainer only."""
+"""All servers of a push, as one: prepared on all, then committed on all. Lives on rank 0 of the trainer only.
+
+The data plane is one group over the ranks of all servers, so a server that dies takes a transfer away from all. With a
+quorum the push is then made again without the servers that are to blame (`leave_out_the_guilty`).
+"""
 
 from __future__ import annotations
 
@@ -8,17 +12,19 @@ import secrets
 import socket
 import time
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 import torch
 
+from sender.blame import Failed, by_the_trainer, to_blame
 from sender.control import ControlClient
+from sender.doors import Doors
 from sender.plan import PushPlan, agree
 from sender.servers import CONTROL_TIMEOUT_S, Servers, check_info
+from sender.transaction import Transaction
 from shared import protocol as wire
 from shared.buckets import make_layout
 from shared.digest import digest
-from shared.errors import CommitError, ConfigError, PushError, SessionLostError, TransferError
+from shared.errors import ConfigError, Fp8SyncError, PushError, SessionLostError, TransferError
 from shared.planes import SendHalf
 from shared.planes.distributed import GroupSender
 from shared.planes.memory import MemoryPlane
@@ -31,7 +37,7 @@ _POLL_S, _LONGEST_POLL_S = 0.002, 0.05
 
 def longest_push_s(timeout_s: float) -> float:
     """The most that rank 0 can spend in one push: planning, holding, sending, verifying, committing, cleaning up."""
-    return 5 * timeout_s + _JOIN_TIMEOUT_S + 10 * CONTROL_TIMEOUT_S
+    return 5 * timeout_s + _JOIN_TIMEOUT_S + 14 * CONTROL_TIMEOUT_S
 
 
 class Fleet:
@@ -50,10 +56,10 @@ class Fleet:
         in_flight: wire.InFlight = "wait",
         strict: bool = False,
         staging: wire.StagingChoice = "auto",
+        quorum: int | None = None,
         make_memory_plane: Callable[[wire.Rendezvous], SendHalf] = MemoryPlane,
     ) -> None:
-        self._servers = Servers(servers, timeout_s)
-        self._drained_s = timeout_s + self._servers.answer_s  # an answer that waits for requests to end
+        self._servers = Servers(servers, timeout_s, quorum)
         self._config, self._plane_name, self._timeout_s = config, plane, timeout_s
         self._in_flight, self._strict, self._wanted = in_flight, strict, staging
         self._make_memory_plane = make_memory_plane
@@ -61,15 +67,18 @@ class Fleet:
         self._incarnations: dict[str, str] = {}
         self._plane: SendHalf | None = None
         self._session = ""
+        self._doors = Doors(self._servers, timeout_s, in_flight)
         self.staging: dict[str, wire.StagingWay] = {}  # of each server, since the session was opened
-        self._shut_since: dict[str, float] = {}  # servers whose doors may be shut, and since when
-        self.stood_still_s: dict[str, float] = {}
+        self._in_session: frozenset[str] = frozenset()  # the servers of the session
         self._closed = False
         self._version = self._newest = 0
         self._digests: list[int] = []
+        self._transaction: Transaction | None = None
+        self._tried_again = False  # with all servers, because nobody was to blame
 
     @property
     def names(self) -> tuple[str, ...]:
+        """Of the servers that have a part in the push."""
         return self._servers.names
 
     @property
@@ -77,29 +86,76 @@ class Fleet:
         """Whether a bucket must be known to be right before it is sent: some server writes it where it is served."""
         return "in_place" in self.staging.values()
 
+    @property
+    def stood_still_s(self) -> dict[str, float]:
+        """For how long each server let no new request run for this push, as seen from here."""
+        return {name: self._doors.stood_still_s.get(name, 0.0) for name in self.names}
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """The servers that this push went on without, and why."""
+        return dict(self._servers.left_out)
+
+    # Coming and going, between pushes
+
+    @property
+    def answer_s(self) -> float:
+        return self._servers.answer_s
+
+    @property
+    def clients(self) -> tuple[ControlClient, ...]:
+        return self._servers.clients
+
+    def of_one(self, client: ControlClient) -> Fleet:
+        """The same settings for that server alone. Closing it must not hang up."""
+        return Fleet(
+            [client],
+            self._config,
+            self._plane_name,
+            self._timeout_s,
+            in_flight=self._in_flight,
+            strict=self._strict,
+            staging=self._wanted,
+            make_memory_plane=self._make_memory_plane,
+        )
+
+    def add(self, client: ControlClient) -> None:
+        """The next push plans anew, as for any server that it does not know."""
+        self._servers.add(client)
+
+    def remove(self, name: str) -> None:
+        """Its ranks have a part in the data plane of all, so the session ends. Raises: ConfigError."""
+        self._servers.check_removable(name)
+        self.close_session(f"{name} is no longer one of the servers")
+        self._servers.remove(name)
+
     # Once
 
     def survey(self) -> tuple[bool, int]:
         """Whether the servers are still those of the open session, and the newest version seen on any of them."""
         if self._closed:
             raise ConfigError("this sender was closed: make a new one")
-        self._version = 0
-        replies = self._servers.each(wire.Describe())
-        infos = [(name, reply.info) for name, reply in zip(self.names, replies, strict=True)]
-        for name, info in infos:
-            check_info(name, info, self._config, self._in_flight)
-        now = {name: info.incarnation for name, info in infos if info is not None}
+        self._version, self._transaction = 0, None
+        replies, failed = self._servers.try_each(wire.Describe(), self._servers.answer_s)
+        for name, reply in replies.items():
+            try:
+                check_info(name, reply.info, self._config, self._in_flight)
+            except Fp8SyncError as error:
+                failed[name] = error
+        self._servers.go_on_without(failed)
+        infos = {name: replies[name].info for name in self._servers.names}
+        now = {name: info.incarnation for name, info in infos.items() if info is not None}
         known = self._plane is not None and now == self._incarnations
         self._incarnations = now
-        self._num_ranks = [info.num_ranks for _, info in infos if info is not None]
-        self._newest = max(self._newest, *(reply.version for reply in replies))
+        self._num_ranks = [info.num_ranks for info in infos.values() if info is not None]
+        self._newest = max(self._newest, *(reply.version for reply in replies.values()))
         return known, self._newest
 
     def plan(self, offered: tuple[wire.TensorSpec, ...], bucket_bytes: int) -> PushPlan:
         """Offer the tensors, check the manifests, open session and data plane. Nothing of a model is touched."""
         self.close_session("a new plan is made")
         replies = self._servers.each(wire.Offer(config=self._config, tensors=offered))
-        manifests = {name: reply.manifest for name, reply in zip(self.names, replies, strict=True) if reply.manifest}
+        manifests = {name: reply.manifest for name, reply in replies.items() if reply.manifest}
         if len(manifests) != len(self._servers):
             raise PushError("a server answered an offer without a manifest")
         agree(offered, manifests, self._config)
@@ -108,7 +164,7 @@ class Fleet:
         return plan
 
     def _open(self, plan: PushPlan) -> None:
-        self._session = secrets.token_hex(16)
+        self._session, self._in_session = secrets.token_hex(16), frozenset(self.names)
         hosts = [server.local_host() for server in self._servers.clients]
         host = next((h for h in hosts if not ipaddress.ip_address(h).is_loopback), hosts[0])  # reached from everywhere
         plane = GroupSender(host, self._timeout_s) if self._plane_name == "gloo" else None
@@ -140,7 +196,7 @@ class Fleet:
                 for name, mine in zip(self.names, rendezvous, strict=True)
             ]
         )
-        self.staging = {name: reply.staging for name, reply in zip(self.names, replies, strict=True) if reply.staging}
+        self.staging = {name: reply.staging for name, reply in replies.items() if reply.staging}
         if len(self.staging) != len(self._servers):
             raise PushError("a server did not say where it stages")
         if plane is not None:
@@ -150,10 +206,11 @@ class Fleet:
 
     def begin(self, version: int) -> None:
         """From here on every server receives. Those that stage where requests run are drained first, and stay shut."""
-        self._version, self._digests, self.stood_still_s = version, [], {}
+        self._version, self._digests = version, []
+        self._doors.begin()
         held = [name for name in self.names if self.staging[name] != "reserved"]
-        if held:
-            self._hold(held, "begin")
+        if held and (failed := self._doors.hold(held, self._session, version, "begin", promise=False)):
+            raise next(iter(failed.values()))
         begin = wire.Begin(session=self._session, version=version, deadline_s=self._timeout_s)
         self._servers.each_its_own([begin.model_copy(update={"held": name in held}) for name in self.names])
 
@@ -165,80 +222,81 @@ class Fleet:
         self._plane.send(bucket, self._digests[-1])
 
     def verify(self) -> None:
-        """Return when every rank of every server holds every byte as it was sent."""
+        """Return when every rank of every server holds every byte as it was sent, or of every server that is left."""
         deadline, pause = time.monotonic() + self._timeout_s, _POLL_S
         message = wire.Verify(session=self._session, version=self._version, digests=tuple(self._digests))
-        while any(reply.state != "STAGED" for reply in self._servers.each(message)):
+        while True:
+            replies, failed = self._servers.try_each(message, self._servers.answer_s)
+            staged = all(reply.state == "STAGED" for reply in replies.values())
+            if failed:
+                self._leave_out_unstaged(failed, staged)
+            if staged:
+                return
             if time.monotonic() > deadline:
                 raise TransferError(f"not every server was staged within {self._timeout_s:.0f} s")
             time.sleep(pause)  # every question is a message through the event loop of a busy server
             pause = min(2 * pause, _LONGEST_POLL_S)
 
-    def commit(self) -> float:
-        """Publish on every server; the seconds between the first and the last that said so, as seen from here.
-
-        With `strict` no server admits a request before all have answered, and none commits unless all have said that
-        they can. Raises: CommitError: names the servers that committed and those that did not.
-        """
-        commit = wire.Commit(
-            session=self._session, version=self._version, drain_s=self._timeout_s, in_flight=self._in_flight
-        )
-        try:
-            if self._strict and (open_doors := [name for name in self.names if name not in self._shut_since]):
-                self._hold(open_doors, "commit")
-            return self._commit_all(commit)
-        finally:
-            self._release()
-
-    def _hold(self, names: Sequence[str], before: Literal["begin", "commit"]) -> None:
-        """Shut the doors of `names` until the release."""
-        assert self._in_flight != "keep"  # `FP8Sender` refuses it
-        arriving_s = 2 * self._timeout_s if before == "begin" else 0.0
-        hold_s = arriving_s + self._drained_s + 2 * self._servers.answer_s  # others may need it all
-        hold = wire.Hold(
-            session=self._session,
-            version=self._version,
-            drain_s=self._timeout_s,
-            hold_s=min(hold_s, wire.LONGEST_DEADLINE_S),
-            in_flight=self._in_flight,
-            before=before,
-        )
-        self._shut_since |= dict.fromkeys(names, time.monotonic())
-        outcomes = self._servers.try_each([hold] * len(names), self._drained_s, names=names)
-        if errors := [outcome for outcome in outcomes if isinstance(outcome, Exception)]:
-            raise errors[0]
-
-    def _release(self) -> None:
-        if self._shut_since:
-            self._servers.tell(wire.Release(session=self._session, version=self._version), list(self._shut_since))
-        now = time.monotonic()
-        self.stood_still_s |= {name: now - since for name, since in self._shut_since.items()}
-        self._shut_since.clear()
-
-    def _commit_all(self, commit: wire.Commit) -> float:
-        asked, answered = time.monotonic(), dict[str, float]()
-        commits = [commit.model_copy(update={"held": name in self._shut_since}) for name in self.names]
-        outcomes = self._servers.try_each(commits, self._drained_s, answered)
-        self.stood_still_s = {name: at - asked for name, at in answered.items()}
-        failed = {name: found for name, found in zip(self.names, outcomes, strict=True) if isinstance(found, Exception)}
-        if len(failed) == len(outcomes) == 1:
+    def _leave_out_unstaged(self, failed: Failed, others_staged: bool) -> None:
+        """Raises: the first error, unless all others are staged, and are enough."""
+        if self._servers.quorum is None or not others_staged or to_blame(failed, len(self._servers)) != failed:
             raise next(iter(failed.values()))
-        if failed:
-            done = [name for name in self.names if name not in failed]
-            raise CommitError(f"version {self._version} is served by {done or 'no server'} but not by: {failed}")
+        self._servers.go_on_without(failed)
+        self._servers.tell(self._abort("it was left out of this push"), failed)
+
+    def commit(self) -> float:
+        """Publish; the seconds between the first and the last server that said so (`sender.transaction`)."""
+        self._transaction = Transaction(
+            self._servers, self._doors, self._session, self._version, self._timeout_s, self._in_flight, self._strict
+        )
+        skew_s = self._transaction.commit()
         self._newest = self._version
-        return max(answered.values()) - min(answered.values())
+        return skew_s
+
+    # When it fails
+
+    def leave_out_the_guilty(self, failure: Exception) -> bool:
+        """Whether the push is to be made again: without the servers that made it fail, if a quorum is left.
+
+        It is what the trainer did wrong, or decided already: then it is not. If nobody can be named, all get one more
+        try. Raises: PushError: too few servers are left.
+        """
+        decided = self._transaction is not None and self._transaction.decided
+        if self._servers.quorum is None or decided or by_the_trainer(failure):
+            return False
+        guilty = to_blame(self._servers.failed, len(self._servers)) or self._unreachable()
+        if not guilty and self._tried_again:
+            return False
+        self._tried_again = self._tried_again or not guilty
+        self._servers.go_on_without(guilty)
+        self.fail(failure)
+        return True
+
+    def _unreachable(self) -> Failed:
+        """Where the data plane broke, the servers that are gone."""
+        _, failed = self._servers.try_each(wire.Describe(), self._servers.answer_s)
+        return failed
 
     def fail(self, reason: BaseException) -> None:
         """After any failure: every server forgets the push, and the next push opens a new session."""
         which = f" of version {self._version}" if self._digests or self._version else ""
         logger.warning("fp8sync: push%s failed: %s", which, str(reason).splitlines()[0] if str(reason) else reason)
         if self._session:
-            abort = wire.Abort(session=self._session, version=self._version, reason=str(reason)[:500])
-            self._servers.tell(abort)
+            self._servers.tell(self._abort(str(reason)))
         self.close_session(str(reason))
 
+    def _abort(self, reason: str) -> wire.Abort:
+        decided = self._transaction is not None and self._transaction.decided
+        return wire.Abort(session=self._session, version=self._version, reason=reason[:500], fence=decided)
+
     # At the end
+
+    def end_push(self) -> None:
+        """Servers that were left out are tried again by the next push."""
+        if self._servers.left_out.keys() & self._in_session:
+            self.close_session("a server was left out, which has a part in the data plane of all")
+        self._servers.forget_left_out()
+        self._tried_again = False
 
     def close_session(self, reason: str) -> None:
         if self._plane is None and not self._session:
@@ -251,9 +309,10 @@ class Fleet:
             self._servers.tell(wire.Close(session=self._session))
             self._session = ""
         self._servers.forgive()
-        self._shut_since.clear()
+        self._doors.forget()
 
-    def close(self) -> None:
+    def close(self, hang_up: bool = True) -> None:
+        """`hang_up`: the control connections are closed, too."""
         self.close_session("the sender is closed")
         self._closed = True
-        self._servers.close()
+        self._servers.close(hang_up)

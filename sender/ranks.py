@@ -141,6 +141,10 @@ class TrainerRanks:
         return [self._text(key) for key in keys]
 
 
+class TryAgain(Exception):
+    """All ranks start this call over, with fewer servers."""
+
+
 class Lead:
     """Steps that only rank 0 takes, within a function that all ranks run.
 
@@ -162,13 +166,34 @@ class Lead:
             self.failure = error
             return None
 
+    def take_back(self, again: Callable[[Exception], bool]) -> bool:
+        """Whether there was a failure, and `again` says that another try is worth it. Another error takes its place."""
+        try:
+            if self.failure is None or not again(self.failure):
+                return False
+        except Exception as worse:
+            self.failure = worse
+            return False
+        self.failure = None
+        return True
+
     def finish(
-        self, result: str | None, timeout_s: float, on_failure: Callable[[Exception], None] | None = None
+        self,
+        result: str | None,
+        timeout_s: float,
+        on_failure: Callable[[Exception], None] | None = None,
+        again: Callable[[Exception], bool] | None = None,
     ) -> str:
         """`result` of rank 0 on all ranks, or its failure raised on all ranks.
 
         `on_failure` is called on rank 0, after the others were told, so that they do not wait for its cleaning up.
+
+        Raises:
+            TryAgain: on all ranks, where `again` says on rank 0 that its failure can be got over.
         """
+        if again is not None and self.take_back(again):
+            self._ranks.share(json.dumps({"again": True}), timeout_s)
+            raise TryAgain
         if self.failure is None:
             message = self._ranks.share(json.dumps({"result": result}), timeout_s)
         else:
@@ -182,6 +207,8 @@ class Lead:
             finally:
                 del failure
         found = json.loads(message)
+        if "again" in found:
+            raise TryAgain
         if "result" not in found:
             raise error_from_wire(found["kind"], found["message"], tuple(found["problems"]))
         return str(found["result"])

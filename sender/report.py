@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 from pydantic import BaseModel, ConfigDict
 
+from sender.fleet import Fleet
+from sender.plan import PushPlan
 from shared.protocol import StagingWay
 
 PHASES = ("plan", "gather", "quantize", "send", "verify", "commit")
@@ -18,9 +20,10 @@ class PushReport(BaseModel):
 
     `bf16_bytes` is the model in 2-byte elements, `wire_bytes` what one receiver was sent (codes, scales, the tensors
     that stay in BF16, alignment). `num_tensors` counts checkpoint tensors, scales not included. `skew_s` is the time
-    between the first and the last server that confirmed the commit, as rank 0 saw it; 0 with one server.
-    `staging`: how each server staged. `stood_still_s`: for how long each let no new request run, the wait for those
-    under way included, as rank 0 saw it (so never less than it was).
+    between the first and the last server that confirmed the commit, as rank 0 saw it; 0 with one server. `servers`
+    serve the version; `left_out` are those that a push with a quorum went on without, and why. `staging`: how each
+    server staged. `stood_still_s`: for how long each let no new request run, the wait for those under way included, as
+    rank 0 saw it (so never less than it was).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -36,6 +39,24 @@ class PushReport(BaseModel):
     stood_still_s: dict[str, float]
     staging: dict[str, StagingWay]
     servers: tuple[str, ...]
+    left_out: dict[str, str] = {}
+
+
+def make_report(plan: PushPlan, version: int, seconds: dict[str, float], skew_s: float, fleet: Fleet) -> PushReport:
+    return PushReport(
+        version=version,
+        num_tensors=len(plan.layout.tensors),
+        num_quantized=plan.num_quantized,
+        num_buckets=len(plan.layout.buckets),
+        bf16_bytes=plan.bf16_bytes,
+        wire_bytes=plan.layout.num_bytes,
+        seconds=seconds,
+        skew_s=skew_s,
+        stood_still_s=fleet.stood_still_s,
+        staging=fleet.staging,
+        servers=fleet.names,
+        left_out=fleet.left_out,
+    )
 
 
 class PhaseClock:

@@ -14,7 +14,7 @@ the servers serving what they served (see the errors in `shared.errors`).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import get_args
 
@@ -26,11 +26,13 @@ from sender.fleet import Fleet, longest_push_s
 from sender.handle import PushHandle
 from sender.packer import Packer
 from sender.plan import PushPlan
-from sender.ranks import Lead, TrainerRanks
-from sender.report import PhaseClock, PushReport
+from sender.ranks import Lead, TrainerRanks, TryAgain
+from sender.report import PhaseClock, PushReport, make_report
+from sender.snapshot import Keeper
 from sender.source import ModuleSource, Shard, ShardSource, WeightSource
+from sender.turns import Turns
 from shared.buckets import DEFAULT_BUCKET_BYTES, Bucket
-from shared.errors import ConfigError, Fp8SyncError
+from shared.errors import ConfigError, Fp8SyncError, SessionLostError
 from shared.protocol import FP8BlockConfig, InFlight, PlaneName, StagingChoice
 
 
@@ -54,6 +56,10 @@ class FP8Sender:
             `reserved` (see `--fp8sync-staging`; they serve meanwhile), `kv_pool` or `in_place` (they stand still, and
             with `in_place` a push that fails on the way fences them). Naming one of them forces it, or is an error.
             With `keep` it is `reserved`.
+        quorum: how many servers are enough for a push. Those that fail before the commit is decided are then left out
+            and named in the report; the next push tries them again. None: all servers or none.
+        keep_snapshot: keep what the last push sent in host memory of rank 0 (`wire_bytes` of its report; twice that
+            during a push), for `catch_up`.
         plane: the data plane, `gloo`; `memory` is for tests in one process.
         ca_file: certificates (PEM) that `https` servers are checked against, in place of the system's.
     """
@@ -70,6 +76,8 @@ class FP8Sender:
         in_flight: InFlight = "wait",
         strict: bool = False,
         staging: StagingChoice = "auto",
+        quorum: int | None = None,
+        keep_snapshot: bool = False,
         plane: PlaneName = "gloo",
         ca_file: str | None = None,
     ) -> None:
@@ -82,7 +90,8 @@ class FP8Sender:
         self._bucket_bytes, self._timeout_s = bucket_bytes, timeout_s
         self._patience_s = longest_push_s(timeout_s)  # the other ranks wait for rank 0, all of its deadlines added up
         self._ranks = TrainerRanks(meeting_timeout_s)
-        clients = [HttpControl(s, admin_key, ca_file) if isinstance(s, str) else s for s in servers]
+        if quorum is not None and not 1 <= quorum <= len(names):
+            raise ConfigError(f"quorum={quorum}: it is a number from 1 to the {len(names)} server(s), or None")
         if in_flight not in get_args(InFlight):
             raise ConfigError(f"in_flight={in_flight!r}: it is one of {list(get_args(InFlight))}")
         if staging not in get_args(StagingChoice):
@@ -94,9 +103,18 @@ class FP8Sender:
             if staging not in ("auto", "reserved"):
                 raise ConfigError(f"staging={staging!r} takes a server without requests; in_flight='keep' keeps them")
             staging = "reserved"
+        self._connect = lambda s: HttpControl(s, admin_key, ca_file) if isinstance(s, str) else s
         self._fleet = Fleet(
-            clients, self._config, plane, timeout_s, in_flight=in_flight, strict=strict, staging=staging
+            [self._connect(server) for server in servers],
+            self._config,
+            plane,
+            timeout_s,
+            in_flight=in_flight,
+            strict=strict,
+            staging=staging,
+            quorum=quorum,
         )
+        self._quorum, self._turns, self._keeper = quorum, Turns(self._patience_s), Keeper(keep_snapshot)
         self._planned: PushPlan | None = None
         self._packer: Packer | None = None
         self._newest = self._version = 0
@@ -107,9 +125,9 @@ class FP8Sender:
 
     def prepare(self, model: nn.Module) -> PushPlan:
         """Collective. Plan and connect now, so that the first push is like the others. Optional."""
-        source = ModuleSource(model)
-        same_plan = self._meet("prepare")
-        return self._plan(source, Lead(self._ranks), same_plan)
+        _, plan, _ = self._meet_and_plan("prepare", lambda: ModuleSource(model), PhaseClock())
+        self._end_push()
+        return plan
 
     def push(self, model: nn.Module, *, version: int | None = None) -> PushReport:
         """Collective. Returns when every server serves the weights of `model` as `version`.
@@ -127,6 +145,7 @@ class FP8Sender:
 
     def push_shards(self, shards: Iterable[Shard], *, version: int | None = None) -> PushReport:
         """Collective. `push` for trainers whose modules it cannot read: each rank names the shards that it holds."""
+        shards = list(shards)
         return self._push(lambda: ShardSource(shards, self._ranks, self._timeout_s), version)
 
     def push_async(self, model: nn.Module, *, version: int | None = None) -> PushHandle:
@@ -135,10 +154,8 @@ class FP8Sender:
         Training may change the weights at once. No other call of this sender may come before `wait()`.
         """
         _check_version(version)
-        source = ModuleSource(model)
-        same_plan = self._meet("push_async")
-        clock, lead = PhaseClock(), Lead(self._ranks)
-        plan = self._plan(source, lead, same_plan)
+        clock = PhaseClock()
+        source, plan, lead = self._meet_and_plan("push_async", lambda: ModuleSource(model), clock)
         snapshot: list[torch.Tensor] = []
         for bucket in plan.layout.buckets:
             with clock.phase("gather"), self._failing_loudly():
@@ -147,9 +164,44 @@ class FP8Sender:
                 lead.run(self._keep, plan, bucket, weights, snapshot)
         source.release()
         self._pending = PushHandle(
-            lambda: self._transfer(plan, lead, clock, snapshot, version), lambda: self._finish(plan, lead, clock)
+            lambda: self._transfer(plan, lead, clock, snapshot, version),
+            lambda: self._finish(plan, lead, clock, self._num_tries),
         )
         return self._pending
+
+    def add_server(self, server: str | ControlClient) -> None:
+        """Between pushes: the next push reaches this server, too (`catch_up` does at once). Rank 0 alone talks to
+        servers; on other ranks this changes nothing but how long they wait, so all may call it.
+
+        Raises: ConfigError: it is one of the servers already.
+        """
+        with self._between_pushes("add_server"):
+            self._fleet.add(self._connect(server))
+
+    def remove_server(self, server: str) -> None:
+        """Between pushes: leave the server of that URL or name; it keeps serving. On other ranks as `add_server`.
+
+        Raises: ConfigError: it is none of the servers, or the last one.
+        """
+        with self._between_pushes("remove_server"):
+            self._fleet.remove(server.rstrip("/"))
+
+    def catch_up(self) -> tuple[str, ...]:
+        """Not collective: on rank 0, from any thread, while training goes on. Waits for a push under way.
+
+        Brings the version of the last push to every server that does not serve it, from the snapshot
+        (`keep_snapshot`): one that joined, started again, is fenced, or was left out. Returns their names; on other
+        ranks it does nothing.
+
+        Raises:
+            ConfigError: there is no snapshot, or a `push_async` is under way.
+            PushError: a server that could not be brought up; `PlanError` where the snapshot does not fit it. The others
+                were, and the next push reaches all.
+        """
+        if not self._ranks.is_leader:
+            return ()
+        with self._between_pushes("catch_up"):
+            return self._keeper.bring_up(self._fleet)
 
     def close(self) -> None:
         """Leave the servers; they keep serving. Not collective. Idempotent."""
@@ -168,12 +220,16 @@ class FP8Sender:
     # The way of a push
 
     def _push(self, make_source: Callable[[], WeightSource], version: int | None) -> PushReport:
+        """All ranks try again as often as rank 0 finds servers to leave out (`quorum`)."""
         _check_version(version)
-        same_plan = self._meet("push")
-        clock, lead = PhaseClock(), Lead(self._ranks)
-        source = make_source()
+        while True:
+            with suppress(TryAgain):
+                return self._push_to_those_left(make_source, version)
+
+    def _push_to_those_left(self, make_source: Callable[[], WeightSource], version: int | None) -> PushReport:
+        clock = PhaseClock()
+        source, plan, lead = self._meet_and_plan("push", make_source, clock)
         with clock.phase("plan"):
-            plan = self._plan(source, lead, same_plan)
             lead.run(self._begin, plan, version)
         for bucket in plan.layout.buckets:
             with clock.phase("gather"), self._failing_loudly():
@@ -183,7 +239,7 @@ class FP8Sender:
             if self._fleet.checks_first:
                 lead.run(self._check_finite)
             with clock.phase("send"):
-                lead.run(self._fleet.send, packed, bucket.index)
+                lead.run(self._send, packed, bucket.index)
         source.release()
         self._publish(lead, clock)
         return self._finish(plan, lead, clock)
@@ -198,14 +254,18 @@ class FP8Sender:
     def _transfer(
         self, plan: PushPlan, lead: Lead, clock: PhaseClock, snapshot: list[torch.Tensor], version: int | None
     ) -> None:
-        """The rest of `push_async`, on a thread of its own."""
+        """The rest of `push_async`, on a thread of its own. It tries again without a word to the other ranks."""
         lead.run(self._check_finite)
-        lead.run(self._begin, plan, version)
-        for index, packed in enumerate(snapshot):
-            with clock.phase("send"):
-                lead.run(self._fleet.send, packed, index)
+        while True:
+            lead.run(self._begin, plan, version)
+            for index, packed in enumerate(snapshot):
+                with clock.phase("send"):
+                    lead.run(self._send, packed, index)
+            self._publish(lead, clock)
+            if not lead.take_back(self._fleet.leave_out_the_guilty):
+                break
+            lead.run(self._plan_again, plan)
         snapshot.clear()
-        self._publish(lead, clock)
 
     # Its steps
 
@@ -214,6 +274,15 @@ class FP8Sender:
         if self._pending is not None:
             raise ConfigError("a push_async is still under way: wait() for it first")
         return self._ranks.meet(what, self._planned.layout.plan_hash if self._planned is not None else "")
+
+    def _meet_and_plan(
+        self, what: str, make_source: Callable[[], WeightSource], clock: PhaseClock
+    ) -> tuple[WeightSource, PushPlan, Lead]:
+        while True:
+            same_plan = self._meet(what)
+            lead, source = Lead(self._ranks), make_source()
+            with suppress(TryAgain), clock.phase("plan"):
+                return source, self._plan(source, lead, same_plan), lead
 
     @contextmanager
     def _failing_loudly(self) -> Iterator[None]:
@@ -229,8 +298,8 @@ class FP8Sender:
         """The plan of the last push if it still holds, else a new one; rank 0 decides for all ranks."""
         found = lead.run(self._plan_on_leader, source, same_plan)
         try:
-            text = lead.finish(found, self._patience_s, self._fail)
-        except Fp8SyncError:
+            text = lead.finish(found, self._patience_s, self._fail, self._fleet.leave_out_the_guilty)
+        except (Fp8SyncError, TryAgain):
             self._planned = None
             raise
         if text or self._planned is None:
@@ -239,14 +308,26 @@ class FP8Sender:
         return self._planned
 
     def _plan_on_leader(self, source: WeightSource, same_plan: bool) -> str:
+        self._turns.begin_push()
         still_open, self._newest = self._fleet.survey()
         if same_plan and still_open and self._planned is not None and self._planned.offered == source.tensors:
             return ""
         return self._fleet.plan(source.tensors, self._bucket_bytes).to_json()
 
+    def _plan_again(self, plan: PushPlan) -> None:
+        """For what is quantized already. Raises: SessionLostError: the servers that are left want something else."""
+        self._fleet.survey()
+        if self._fleet.plan(plan.offered, self._bucket_bytes).layout.plan_hash != plan.layout.plan_hash:
+            raise SessionLostError("the servers want other tensors than before: push again")
+
     def _begin(self, plan: PushPlan, version: int | None) -> None:
+        self._keeper.begin()
         self._version = self._newest + 1 if version is None else version
         self._fleet.begin(self._version)
+
+    def _send(self, packed: torch.Tensor, index: int) -> None:
+        self._keeper.note(packed)
+        self._fleet.send(packed, index)
 
     def _pack(self, plan: PushPlan, bucket: Bucket, weights: dict[str, torch.Tensor]) -> torch.Tensor:
         if self._packer is None:
@@ -267,29 +348,39 @@ class FP8Sender:
         assert self._packer is not None
         self._packer.check_finite()
 
-    def _finish(self, plan: PushPlan, lead: Lead, clock: PhaseClock) -> PushReport:
+    def _finish(self, plan: PushPlan, lead: Lead, clock: PhaseClock, num_tries: int = 1) -> PushReport:
+        """`num_tries`: how many rank 0 had for itself. TryAgain is raised where the other ranks are needed for one."""
         self._pending = None
-        report = ""
+        report, again = "", self._fleet.leave_out_the_guilty if num_tries == 1 else None
         if self._ranks.is_leader and lead.failure is None:
-            report = PushReport(
-                version=self._version,
-                num_tensors=len(plan.layout.tensors),
-                num_quantized=plan.num_quantized,
-                num_buckets=len(plan.layout.buckets),
-                bf16_bytes=plan.bf16_bytes,
-                wire_bytes=plan.layout.num_bytes,
-                seconds=clock.seconds(),
-                skew_s=self._skew_s,
-                stood_still_s=self._fleet.stood_still_s,
-                staging=self._fleet.staging,
-                servers=self._fleet.names,
-            ).model_dump_json()
-        return PushReport.model_validate_json(lead.finish(report, self._patience_s, self._fail))
+            self._keeper.committed(self._version, plan)
+            report = make_report(plan, self._version, clock.seconds(), self._skew_s, self._fleet).model_dump_json()
+        found = lead.finish(report, self._patience_s * num_tries, self._fail, again)
+        self._end_push()
+        return PushReport.model_validate_json(found)
 
     def _fail(self, failure: BaseException) -> None:
         """On rank 0: tell the servers, and plan anew next time."""
         self._planned = None
         self._fleet.fail(failure)
+        self._end_push()
+
+    def _end_push(self) -> None:
+        """Servers that were left out are tried again; others may have their turn."""
+        if self._ranks.is_leader:
+            self._fleet.end_push()
+            self._turns.end_push()
+
+    @property
+    def _num_tries(self) -> int:
+        return 1 if self._quorum is None else len(self._fleet.names) - self._quorum + 2
+
+    @contextmanager
+    def _between_pushes(self, what: str) -> Iterator[None]:
+        if self._pending is not None:
+            raise ConfigError(f"{what}: a push_async is still under way: wait() for it first")
+        with self._turns.between_pushes(what):
+            yield
 
 
 def _check_version(version: object) -> None:

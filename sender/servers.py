@@ -1,10 +1,13 @@
-"""Every server asked at once: a message goes out to all of them, their replies come back in order."""
+"""Every server asked at once: a message goes out to all of them, their replies come back by name.
+
+With a quorum, a push may leave servers out: from then on they are asked nothing until it is over.
+"""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -13,65 +16,127 @@ from pydantic import BaseModel
 
 from sender.control import ControlClient
 from shared import protocol as wire
-from shared.errors import Fp8SyncError, IncompatibleServerError, ServerUnreachableError
+from shared.errors import ConfigError, Fp8SyncError, IncompatibleServerError, PushError, ServerUnreachableError
 
 logger = logging.getLogger(__name__)
 
 CONTROL_TIMEOUT_S = 60.0
 _GOODBYE_S = 10.0  # a server that does not hear that a push failed finds its connection broken, or its deadline passed
+_SUSPECT_S = 5.0  # for the first answer of a server that the last push left out
+_MOST_SERVERS_AT_ONCE = 256
+
+Outcome = wire.Reply | Fp8SyncError
+Failed = dict[str, Fp8SyncError]
 
 
 class Servers:
-    """The control connections. `timeout_s` is that of a push: no question is waited for any longer."""
+    """The control connections. `timeout_s` is that of a push: no question is waited for any longer.
 
-    def __init__(self, clients: Sequence[ControlClient], timeout_s: float) -> None:
-        self.clients = tuple(clients)
+    `quorum`: how many servers are enough for a push; None: all of them.
+    """
+
+    def __init__(self, clients: Iterable[ControlClient], timeout_s: float, quorum: int | None = None) -> None:
+        self._clients = {client.name: client for client in clients}
+        self.quorum = quorum
         self.answer_s, self._goodbye_s = min(CONTROL_TIMEOUT_S, timeout_s), min(_GOODBYE_S, timeout_s)
-        self._pool = ThreadPoolExecutor(max_workers=len(self.clients), thread_name_prefix="fp8sync-control")
+        self._pool = ThreadPoolExecutor(_MOST_SERVERS_AT_ONCE, thread_name_prefix="fp8sync-control")
         self._silent: set[str] = set()  # servers that are not told that the session ends: they did not answer
+        self._suspects: set[str] = set()
+        self.left_out: dict[str, str] = {}  # of the push under way, and why
+        self.failed: dict[str, Fp8SyncError] = {}  # who failed the question that was asked last
+
+    @property
+    def clients(self) -> tuple[ControlClient, ...]:
+        """Those that have a part in the push."""
+        return tuple(client for name, client in self._clients.items() if name not in self.left_out)
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(server.name for server in self.clients)
+        return tuple(client.name for client in self.clients)
 
     def __len__(self) -> int:
         return len(self.clients)
 
-    def each(self, message: BaseModel) -> list[wire.Reply]:
-        return self.each_its_own([message] * len(self.clients))
+    # Coming and going
 
-    def each_its_own(self, messages: Sequence[BaseModel]) -> list[wire.Reply]:
-        outcomes = self.try_each(messages, self.answer_s)
-        for outcome in outcomes:
-            if isinstance(outcome, Exception):
-                raise outcome
-        return [outcome for outcome in outcomes if not isinstance(outcome, Exception)]
+    def add(self, client: ControlClient) -> None:
+        """Raises: ConfigError: there is one of that name."""
+        if client.name in self._clients:
+            raise ConfigError(f"{client.name} is one of the servers already")
+        self._clients[client.name] = client
+
+    def check_removable(self, name: str) -> None:
+        """Raises: ConfigError: there is none of that name, or it is the last one."""
+        if name not in self._clients:
+            raise ConfigError(f"{name} is none of the servers: {list(self._clients)}")
+        if len(self._clients) == 1:
+            raise ConfigError(f"{name} is the last server: close the sender")
+
+    def remove(self, name: str) -> None:
+        self._clients.pop(name).close()
+
+    def go_on_without(self, failed: Mapping[str, Fp8SyncError]) -> None:
+        """Leave them out of this push, if enough are left. Raises: PushError: there are not; else the first error."""
+        if not failed:
+            return
+        left = len(self) - len(failed)
+        if self.quorum is None:
+            raise next(iter(failed.values()))
+        out = {name: f"{type(error).__name__}: {_first_line(error)}" for name, error in failed.items()}
+        if left < self.quorum:
+            raise PushError(f"{left} server(s) are left, quorum={self.quorum}: {self.left_out | out}")
+        logger.warning("fp8sync: the push goes on without %s", out)
+        self.left_out |= out
+        self._silent |= {name for name, error in failed.items() if isinstance(error, ServerUnreachableError)}
+
+    def forget_left_out(self) -> None:
+        """The push is over: the next one tries them again."""
+        self._suspects = set(self.left_out)
+        self.left_out, self.failed = {}, {}
+        self._silent.clear()
+
+    # Asking
+
+    def each(self, message: BaseModel) -> dict[str, wire.Reply]:
+        """Raises: the first error."""
+        return self.each_its_own([message] * len(self))
+
+    def each_its_own(self, messages: Sequence[BaseModel]) -> dict[str, wire.Reply]:
+        replies, failed = self.try_each(messages, self.answer_s)
+        if failed:
+            raise next(iter(failed.values()))
+        return replies
 
     def try_each(
         self,
-        messages: Sequence[BaseModel],
+        messages: Sequence[BaseModel] | BaseModel,
         timeout_s: float,
         answered: dict[str, float] | None = None,
         names: Sequence[str] | None = None,
-    ) -> list[wire.Reply | Exception]:
-        """Ask all servers (or `names`) at the same time; an error takes the place of its reply.
+    ) -> tuple[dict[str, wire.Reply], Failed]:
+        """Ask all servers, or `names`, at the same time: replies and errors. `answered`: when each replied."""
+        names = self.names if names is None else names
+        messages = [messages] * len(names) if isinstance(messages, BaseModel) else messages
 
-        `answered`: when each replied.
-        """
-
-        def ask(server: ControlClient, message: BaseModel) -> wire.Reply | Exception:
+        def ask(server: ControlClient, message: BaseModel) -> Outcome:
+            suspect = server.name in self._suspects
             try:
-                return server.call(message, timeout_s)
+                reply = server.call(message, min(timeout_s, _SUSPECT_S) if suspect else timeout_s)
+                self._suspects.discard(server.name)
+                return reply
             except Fp8SyncError as error:
                 return error
             finally:
                 if answered is not None:
                     answered[server.name] = time.monotonic()
 
-        return list(self._pool.map(ask, self._named(names), messages))
+        asked = [self._clients[name] for name in names]
+        outcomes = dict(zip(names, self._pool.map(ask, asked, messages), strict=True))
+        self.failed = {name: found for name, found in outcomes.items() if isinstance(found, Fp8SyncError)}
+        return {name: found for name, found in outcomes.items() if isinstance(found, wire.Reply)}, self.failed
 
-    def tell(self, message: BaseModel, names: Sequence[str] | None = None) -> None:
-        """Tell all servers (or `names`) that still answer, whatever they say to it."""
+    def tell(self, message: BaseModel, names: Iterable[str] | None = None) -> None:
+        """Tell all servers that still answer, also those left out, or those named, whatever they say to it."""
 
         def tell(server: ControlClient) -> None:
             try:
@@ -81,19 +146,21 @@ class Servers:
             except Fp8SyncError as error:
                 logger.debug("fp8sync: %s", error)
 
-        list(self._pool.map(tell, [server for server in self._named(names) if server.name not in self._silent]))
-
-    def _named(self, names: Sequence[str] | None) -> list[ControlClient]:
-        return [server for server in self.clients if names is None or server.name in names]
+        told = [self._clients[name] for name in (self._clients if names is None else names)]
+        list(self._pool.map(tell, [server for server in told if server.name not in self._silent]))
 
     def forgive(self) -> None:
-        """The session is over: servers that were silent are told of the next one again."""
-        self._silent.clear()
+        """The session is over: servers that were silent are told of the next one again, unless they are left out."""
+        self._silent &= self.left_out.keys()
 
-    def close(self) -> None:
+    def close(self, hang_up: bool = True) -> None:
         self._pool.shutdown(wait=True)
-        for server in self.clients:
+        for server in self._clients.values() if hang_up else ():
             server.close()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0]
 
 
 def check_info(name: str, info: Any, config: wire.FP8BlockConfig, in_flight: wire.InFlight) -> None:

@@ -9,7 +9,8 @@ Order of messages in the life of a sender (S = sender, rank 0 of the trainer; R 
                   S -> R  Begin               version v comes now (R receives in the background)
                   S => R  flat uint8 buckets  on the data plane, each with its digest ahead of it
                   S -> R  Verify              these are the digests; R compares and is STAGED
-                 (S -> R  Hold                with strict, unless held already: let no request run until Release)
+                  S -> R  Prepare             several servers: promise to commit v or to be fenced, unless I say Abort
+                 (S -> R  Hold                with strict in its place, unless held: let no request run until Release)
                   S -> R  Commit              copy in place, publish v
                  (S -> R  Release             where held: every server has answered its Commit, go on)
                   S -> R  Abort               instead of Verify or Commit: forget v
@@ -35,7 +36,7 @@ LONGEST_DEADLINE_S = 24 * 3600.0
 
 DTypeName = Literal["bfloat16", "float16", "float32", "float8_e4m3fn"]
 PlaneName = Literal["gloo", "memory"]
-ServerState = Literal["FENCED", "SERVING", "RECEIVING", "STAGED"]
+ServerState = Literal["FENCED", "SERVING", "RECEIVING", "STAGED", "PROMISED"]
 # What a commit does to requests under way: let them end, put them back and compute their prompts anew, or end them.
 Drain = Literal["wait", "retract", "abort"]
 # Or none of these: they keep their KV cache and go on, with the new weights from the next token on.
@@ -181,7 +182,10 @@ class Commit(_Wire):
 
 
 class Hold(_Wire):
-    """Drain within `drain_s`, say whether `before` would succeed, and admit nothing until Release or for `hold_s`."""
+    """Drain within `drain_s`, say whether `before` would succeed, and admit nothing until Release or for `hold_s`.
+
+    `promise`: as that of `Prepare`.
+    """
 
     kind: Literal["hold"] = "hold"
     session: str
@@ -190,6 +194,7 @@ class Hold(_Wire):
     hold_s: Seconds
     in_flight: Drain
     before: Literal["begin", "commit"] = "commit"
+    promise: bool = False
 
 
 class Release(_Wire):
@@ -201,7 +206,11 @@ class Release(_Wire):
 
 
 class Prepare(_Wire):
-    """Would `before` succeed now? Of a Commit: and for `hold_s` from now? Asked before what others take part in."""
+    """Would `before` succeed now? Of a Commit: and for `hold_s` from now? Asked before what others take part in.
+
+    `idle`: no request may run. `promise`: who says yes commits, goes back when it hears Abort, or is fenced: also if it
+    hears nothing for `hold_s`, because the others may have committed by then.
+    """
 
     kind: Literal["prepare"] = "prepare"
     session: str
@@ -209,13 +218,18 @@ class Prepare(_Wire):
     hold_s: Seconds = 60.0
     before: Literal["begin", "commit"] = "commit"
     in_flight: InFlight = "wait"
+    idle: bool = True
+    promise: bool = False
 
 
 class Abort(_Wire):
+    """Forget the push. `fence`: others have committed, so a server that promised and did not must not serve on."""
+
     kind: Literal["abort"] = "abort"
     session: str
     version: int
     reason: str
+    fence: bool = False
 
 
 class Close(_Wire):

@@ -171,6 +171,81 @@ def refusing(error: Exception, kind: str | None = None) -> Callable[[Any], proto
     return on_message
 
 
+# ---- promises
+
+
+PROMISE = protocol.Prepare(session="s", version=4, hold_s=0.3, idle=False, promise=True)
+
+
+def promised(server: Server) -> None:
+    """Schedulers that say PROMISED until they are asked for something else than that."""
+    ask = server.channel.ask
+
+    async def ask_promised(message: Any) -> tuple[protocol.Reply, ...]:
+        (reply,) = await ask(message)
+        over = server.channel.fence is not None or server.channel.version == 4
+        return (reply if over else reply.model_copy(update={"state": "PROMISED"}),)
+
+    server.channel.ask = ask_promised  # type: ignore[method-assign]
+    assert server.send(PROMISE)[1].state == "PROMISED"
+
+
+def test_a_promise_that_nobody_takes_up_closes_the_gate_in_time() -> None:
+    """Also where the schedulers do not answer by then."""
+    server = Server()
+    promised(server)
+    assert server.serves()
+    time.sleep(0.35)
+    server.channel.on_message = refusing(errors.PushError("no answer in 55 s"))
+    response = server.client.post("/generate")
+    assert response.status_code == 503 and "promised to commit" in response.text
+    with pytest.raises(http.FencedError):
+        server.control.refuse_if_fenced()
+    server.channel.on_message = lambda message: None
+    server.channel.fence = "it promised version 4 and heard nothing of it in time"
+    assert "promised version 4" in server.client.post("/generate").text
+
+
+@pytest.mark.parametrize("end", ["abort", "commit"])
+def test_a_promise_that_was_taken_up_leaves_the_gate_open(end: str) -> None:
+    server = Server()
+    promised(server)
+    server.channel.version = 4 if end == "commit" else 0
+    server.channel.ask = FakeChannel.ask.__get__(server.channel)  # type: ignore[method-assign]
+    server.send(COMMIT if end == "commit" else protocol.Abort(session="s", version=4, reason="why"))
+    time.sleep(0.35)
+    assert server.serves()
+
+
+def test_a_promise_holds_while_the_requests_under_way_end() -> None:
+    """Its commit was heard in time: the schedulers are told so before it waits."""
+    server = Server()
+    promised(server)
+    server.channel.kinds.clear()
+    server.channel.drain_s = 0.5
+    assert server.send(COMMIT)[1].version == 4
+    assert server.channel.kinds == ["prepare", "commit"] and server.serves()
+
+
+def test_a_promise_whose_answer_was_lost_may_have_been_given() -> None:
+    server = Server()
+    assert server.serves()
+    server.channel.on_message = refusing(errors.PushError("no answer in 55 s"))
+    server.send(PROMISE)
+    assert server.serves()
+    time.sleep(0.35)
+    assert not server.serves()
+
+
+def test_a_held_door_opens_after_the_fence_is_known() -> None:
+    server = Server()
+    hold = protocol.Hold(session="s", version=4, drain_s=5.0, hold_s=5.0, in_flight="wait", promise=True)
+    with server.client:  # one event loop for both
+        assert server.send(hold)[1].error is None
+        server.send(protocol.Abort(session="s", version=4, reason="others did", fence=True))
+    assert server.channel.events[-2:] == ["ask abort", "admitting"]
+
+
 # ---- the control route
 
 

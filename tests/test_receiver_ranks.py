@@ -56,6 +56,9 @@ class Spoiling:
             bucket[7] ^= 1
         return sent
 
+    def alive(self) -> bool:
+        return self._inner.alive()
+
     def close(self) -> None:
         self._inner.close()
 

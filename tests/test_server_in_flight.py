@@ -14,6 +14,7 @@ import pytest
 from examples.local_server import LocalServer
 from examples.tiny_qwen3 import make_model
 from sender import FP8Sender
+from sender.transaction import Transaction
 from shared.protocol import InFlight
 from tests.server_fixtures import ADMIN_KEY, CHANGES
 
@@ -99,24 +100,25 @@ def test_a_pause_of_others_goes_on_after_a_push(pushed_server: LocalServer, ask:
     assert len(reply["output_ids"]) == NUM_TOKENS and reply["meta_info"]["weight_versions"][-1]["version"] == version
 
 
-def test_strict_admits_nothing_between_hold_and_release(pushed_server: LocalServer, ask: Ask) -> None:
+def test_strict_admits_nothing_between_hold_and_release(
+    pushed_server: LocalServer, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with FP8Sender([pushed_server.url], admin_key=ADMIN_KEY, strict=True, timeout_s=30.0) as sender:
         sender.push(make_model(35, **CHANGES))
-        fleet = sender._fleet
         released = threading.Event()
         late: list[bool] = []
-        commit = fleet._commit_all
+        commit = Transaction._publish
 
-        def slowly(message: Any) -> float:
+        def slowly(transaction: Transaction) -> float:
             future = ask(PROMPTS[0], 4)
-            skew = commit(message)
+            skew = commit(transaction)
             time.sleep(1.0)
             late.append(future.done() or released.is_set())
             waiting.append(future)
             return skew
 
         waiting: list[Future[dict[str, Any]]] = []
-        fleet._commit_all = slowly  # type: ignore[method-assign, assignment]
+        monkeypatch.setattr(Transaction, "_publish", slowly)
         report = sender.push(make_model(36, **CHANGES))
     assert late == [False], "a request was admitted before the last server had committed"
     assert waiting[0].result()["meta_info"]["weight_version"] == str(report.version)

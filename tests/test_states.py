@@ -48,7 +48,7 @@ class Rig:
 
     def situation(self) -> Situation:
         reply = self.server.receiver.handle(protocol.Describe())
-        moving = reply.state in ("RECEIVING", "STAGED")
+        moving = reply.state in ("RECEIVING", "STAGED", "PROMISED")
         return Situation(reply.state, reply.fence is not None, self.arrived and moving)
 
     def begin(self) -> None:
@@ -73,6 +73,10 @@ class Rig:
 
     def verify_other_digests(self) -> None:
         self._tell(protocol.Verify(session=self._session, version=self._version, digests=(1,) * len(self._digests)))
+
+    def promise(self) -> None:
+        prepare = protocol.Prepare(session=self._session, version=self._version, idle=False, promise=True)
+        self._tell(prepare)
 
     def commit(self, in_flight: protocol.InFlight = "wait") -> None:
         message = protocol.Commit(session=self._session, version=self._version, drain_s=5.0, in_flight=in_flight)
@@ -102,6 +106,10 @@ class Rig:
     def abort(self) -> None:
         self._tell(protocol.Abort(session=self._session, version=self._version, reason="why"))
 
+    def abort_beside_others_that_committed(self) -> None:
+        abort = protocol.Abort(session=self._session, version=self._version, reason="others did", fence=True)
+        self._tell(abort)
+
     def close(self) -> None:
         self._tell(protocol.Close(session=self._session))
 
@@ -119,12 +127,14 @@ EVENTS: dict[str, Callable[[Rig], None]] = {
     "the bytes arrive": Rig.bytes_arrive,
     "Verify": Rig.verify,
     "Verify with other digests": Rig.verify_other_digests,
+    "Prepare": Rig.promise,
     "Commit": Rig.commit,
     "Commit while requests run": Rig.commit_while_requests_run,
     "Commit with keep while requests run": Rig.commit_that_keeps_requests,
     "Commit, and a copy fails": Rig.commit_and_a_copy_fails,
     "Commit with keep, and a copy fails": Rig.commit_that_keeps_requests_and_a_copy_fails,
     "Abort": Rig.abort,
+    "Abort, others have committed": Rig.abort_beside_others_that_committed,
     "Close": Rig.close,
     "the deadline passes": Rig.the_deadline_passes,
     "another route changes the weights": Rig.another_route_changes_the_weights,
@@ -183,7 +193,9 @@ def test_the_document_has_every_change_of_state_and_no_other(happened: set[tuple
         if start.state == after.state:
             continue
         ended = after.state in ("SERVING", "FENCED") and not event.startswith("Commit")
-        back = ended and after.fenced == start.fenced and event != "another route changes the weights"
+        broken = start.state == "PROMISED" and event != "Abort"
+        fencing = broken or event == "another route changes the weights"
+        back = ended and after.fenced == start.fenced and not fencing
         changes.add((start.state, event, "back" if back else after.state))
     assert changes == documented()
 
@@ -194,4 +206,9 @@ def test_only_a_commit_lifts_a_fence(happened: set[tuple[Situation, str, Situati
 
 def test_nothing_is_served_that_was_not_staged(happened: set[tuple[Situation, str, Situation]]) -> None:
     committed = {start.state for start, event, after in happened if event in COMMITS and start.state != after.state}
-    assert committed == {"STAGED"}
+    assert committed == {"STAGED", "PROMISED"}
+
+
+def test_a_server_that_promised_never_goes_back_by_itself(happened: set[tuple[Situation, str, Situation]]) -> None:
+    back = {event for start, event, after in happened if start.state == "PROMISED" and after.state == "SERVING"}
+    assert back == {"Abort", *COMMITS}

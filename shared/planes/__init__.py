@@ -24,6 +24,9 @@ class ReceiveHalf(Protocol):
     def receive(self, bucket: torch.Tensor, timeout_s: float) -> int:
         """Fill `bucket` (flat uint8, of the size that was sent). Returns the digest that was sent ahead of it."""
 
+    def alive(self) -> bool:
+        """Whether the sender is still there, between two pushes."""
+
     def close(self) -> None:
         """Leave the plane. Idempotent."""
 

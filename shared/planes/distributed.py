@@ -106,6 +106,15 @@ class GroupReceiver:
         bucket.copy_(host)
         return digest
 
+    def alive(self) -> bool:
+        """By a question to the sender's store; it blocks while that process is stopped, and while TCP tries again."""
+        try:
+            if self._store is not None:
+                self._store.check(["alive"])
+        except RuntimeError:
+            return False
+        return self._store is not None
+
     def close(self) -> None:
         self._group = None
         self._store = None

@@ -61,7 +61,7 @@ class MemoryReceiver:
             plane = _planes.get(rendezvous.key)
         if plane is None:
             raise TransferError(f"no sender holds the in-memory plane {rendezvous.key}")
-        self._queue = plane.queues[rank]
+        self._key, self._queue = rendezvous.key, plane.queues[rank]
 
     def receive(self, bucket: torch.Tensor, timeout_s: float) -> int:
         try:
@@ -75,6 +75,10 @@ class MemoryReceiver:
             raise TransferError(f"a bucket of {arrived.numel()} bytes arrived, expected {bucket.numel()}")
         bucket.copy_(arrived)
         return digest
+
+    def alive(self) -> bool:
+        with _lock:
+            return self._key in _planes
 
     def close(self) -> None:
         """Nothing is held."""

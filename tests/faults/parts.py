@@ -132,5 +132,8 @@ class FaultyHalf:
         self._tripwire.at("received", *self._place, bucket)
         return sent
 
+    def alive(self) -> bool:
+        return self._inner.alive()
+
     def close(self) -> None:
         self._inner.close()

@@ -1,0 +1,57 @@
+"""The doors of the servers, held shut from here: where no request may run beside a push, or beside its commit."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Literal
+
+from sender.servers import Failed, Servers
+from shared import protocol as wire
+
+
+class Doors:
+    """Of one push after the other. `stood_still_s`: for how long each server let no new request run."""
+
+    def __init__(self, servers: Servers, timeout_s: float, in_flight: wire.InFlight) -> None:
+        self._servers, self._timeout_s, self._in_flight = servers, timeout_s, in_flight
+        self.drained_s = timeout_s + servers.answer_s  # for an answer that waits for requests to end
+        self._shut_since: dict[str, float] = {}  # of those that may be shut
+        self.stood_still_s: dict[str, float] = {}
+
+    def begin(self) -> None:
+        self.stood_still_s = {}
+
+    def is_shut(self, name: str) -> bool:
+        return name in self._shut_since
+
+    def hold(
+        self, names: Sequence[str], session: str, version: int, before: Literal["begin", "commit"], promise: bool
+    ) -> Failed:
+        """Drain `names` and keep their doors shut until the release. `promise`: as that of `Prepare`."""
+        assert self._in_flight != "keep"  # `FP8Sender` refuses it
+        arriving_s = 2 * self._timeout_s if before == "begin" else 0.0
+        hold_s = arriving_s + self.drained_s + 2 * self._servers.answer_s  # others may need it all
+        hold = wire.Hold(
+            session=session,
+            version=version,
+            drain_s=self._timeout_s,
+            hold_s=min(hold_s, wire.LONGEST_DEADLINE_S),
+            in_flight=self._in_flight,
+            before=before,
+            promise=promise,
+        )
+        self._shut_since |= dict.fromkeys(names, time.monotonic())
+        _, failed = self._servers.try_each(hold, self.drained_s, names=names)
+        return failed
+
+    def release(self, session: str, version: int) -> None:
+        if self._shut_since:
+            self._servers.tell(wire.Release(session=session, version=version), list(self._shut_since))
+        now = time.monotonic()
+        self.stood_still_s |= {name: now - since for name, since in self._shut_since.items()}
+        self.forget()
+
+    def forget(self) -> None:
+        """The session ended, and with it every hold."""
+        self._shut_since.clear()

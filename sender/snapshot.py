@@ -1,0 +1,87 @@
+"""The last push, kept: a server that joins late or fell behind gets that very version, while training goes on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from sender.fleet import Fleet
+from sender.plan import PushPlan
+from shared.errors import ConfigError, Fp8SyncError, PlanError, PushError
+from shared.protocol import Describe
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Packed buckets (flat uint8, host memory) of a push that was committed: as many bytes as one server is sent."""
+
+    version: int
+    plan: PushPlan
+    buckets: tuple[torch.Tensor, ...]
+
+    def feed(self, fleet: Fleet) -> None:
+        """Push to the one server of `fleet`, and leave it.
+
+        Raises: PlanError: its manifest is another one, so these buckets do not fit; else as a push does.
+        """
+        try:
+            fleet.survey()
+            layout = fleet.plan(self.plan.offered, self.plan.layout.bucket_bytes).layout
+            if layout.plan_hash != self.plan.layout.plan_hash:
+                raise PlanError(
+                    f"{fleet.names[0]} wants other tensors than the snapshot of version {self.version} holds: "
+                    "the next push brings it up"
+                )
+            fleet.begin(self.version)
+            for index, bucket in enumerate(self.buckets):
+                fleet.send(bucket, index)
+            fleet.verify()
+            fleet.commit()
+        except BaseException as error:
+            fleet.fail(error)
+            raise
+        finally:
+            fleet.close(hang_up=False)
+
+
+class Keeper:
+    """What rank 0 keeps of its pushes, if it was asked to: that of the last one, and beside it the one under way."""
+
+    def __init__(self, keeps: bool) -> None:
+        self._keeps, self._coming = keeps, list[torch.Tensor]()
+        self._last: Snapshot | None = None
+
+    def begin(self) -> None:
+        self._coming = []
+
+    def note(self, packed: torch.Tensor) -> None:
+        if self._keeps:
+            self._coming.append(packed.to("cpu", copy=True))
+
+    def committed(self, version: int, plan: PushPlan) -> None:
+        if self._keeps:
+            self._last, self._coming = Snapshot(version, plan, tuple(self._coming)), []
+
+    def bring_up(self, fleet: Fleet) -> tuple[str, ...]:
+        """Feed every server that does not serve the last version, one by one; their names.
+
+        Raises: ConfigError: nothing is kept. PushError, after all were tried: what kept one from it, or a list.
+        """
+        if (last := self._last) is None:
+            raise ConfigError("no snapshot to catch up from: FP8Sender(keep_snapshot=True), and a push")
+        fleet.close_session("a server is fed alone")
+        fed, failed = [], dict[str, Fp8SyncError]()
+        for client in fleet.clients:
+            try:
+                reply = client.call(Describe(), fleet.answer_s)
+                if reply.fence is not None or reply.version != last.version:
+                    last.feed(fleet.of_one(client))
+                    fed.append(client.name)
+            except Fp8SyncError as error:
+                failed[client.name] = error
+        if len(failed) == 1:
+            raise next(iter(failed.values()))
+        if failed:
+            raise PushError(f"version {last.version} was brought to {fed or 'no server'} but not to: {failed}")
+        return tuple(fed)
