@@ -113,7 +113,7 @@ class Receiver:
                 return self._reply(**self._handlers[type(message)](message))
         except Fp8SyncError as error:
             if self._ranks.index == 0:
-                logger.warning("fp8sync: %s refused: %s", message.kind, str(error))
+                logger.warning("fp8sync: %s refused: %s", message.kind, str(error))  # its frames hold the staging
             return self._reply(error=to_wire(error))
         except RanksLostError as error:  # one of them may have copied, or be dead
             logger.exception("fp8sync: %s failed", message.kind)

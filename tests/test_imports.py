@@ -19,6 +19,7 @@ MAY_IMPORT_SGLANG = {
     "receiver_plugin/sglang_derived.py",
     "receiver_plugin/sglang_engine.py",
     "receiver_plugin/sglang_http.py",
+    "receiver_plugin/sglang_keep.py",
     "receiver_plugin/sglang_memory.py",
     "receiver_plugin/sglang_messages.py",
     "receiver_plugin/sglang_requests.py",
