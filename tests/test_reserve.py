@@ -208,7 +208,8 @@ def parsed(*words: str) -> argparse.Namespace:
 def test_the_flags_reach_the_children(monkeypatch: pytest.MonkeyPatch) -> None:
     armed: list[Any] = []
     monkeypatch.setattr(entry, "_arm", armed.append)
-    monkeypatch.setattr(entry.os, "environ", found := {})
+    found: dict[str, str] = {}
+    monkeypatch.setattr("os.environ", found)
     words = ["--load-plugin", "fp8sync", "--fp8sync-staging", "0"]
     assert entry._parse_flag(lambda cls, args: "server args", object, parsed(*words)) == "server args"
     assert found == {"FP8SYNC_LOAD": "fp8sync", "FP8SYNC_STAGING": "0"} and armed == ["server args"]
