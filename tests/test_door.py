@@ -326,3 +326,18 @@ def test_a_push_that_never_ends_is_given_up_before_the_door_opens(monkeypatch: p
         assert not schedulers.door.excludes and not schedulers.exclusive
 
     assert run_early(steps, monkeypatch)[1][-2:] == ["release", "open"]
+
+
+def test_a_sender_that_is_gone_does_not_keep_the_next_one_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def steps(schedulers: Receiving) -> None:
+        monkeypatch.setattr(door, "_WATCH_S", 60.0)
+        await schedulers.door.hold(EARLY)
+        await schedulers.door.begin(BEGIN)
+        other = EARLY.model_copy(update={"session": "t", "version": 5})
+        assert (await schedulers.door.hold(other)).error is not None  # it is still at work
+        schedulers.exclusive = False
+        assert (await schedulers.door.hold(other)).error is None
+        await schedulers.door.release("t")
+
+    events = run_early(steps, monkeypatch)[1]
+    assert events[2:] == ["begin", "release", "open", "shut (wait)", "prepare", "release", "open"]
