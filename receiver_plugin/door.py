@@ -52,6 +52,7 @@ class _Held:
     exclusive: bool  # what arrives uses what requests use
     opening: AsyncExitStack
     timer: asyncio.Task[None]
+    begun: bool = False
 
 
 class Door:
@@ -85,8 +86,11 @@ class Door:
         if not message.held:
             return await self._ask(message)
         async with self._committing:
-            if self.excludes and self._is_held_for(message.session, message.version):
-                return await self._ask(message)
+            held = self._held
+            if held is not None and held.exclusive and self._is_held_for(message.session, message.version):
+                reply = await self._ask(message)
+                held.begun = held.begun or reply.exclusive
+                return reply
         return await self._failed("its door is not held for this version, or no longer; nothing was touched")
 
     async def commit(self, message: wire.Commit) -> wire.Reply:
@@ -96,6 +100,7 @@ class Door:
                 if self._is_held_for(message.session, message.version):
                     return await self._ask(message)
             return await self._failed("its door is not held for this version, or no longer; nothing was touched")
+        await self._open_if_given_up()
         if self._held is not None:
             return await self._failed(f"its door is held for version {self._held.version}; nothing was touched")
 
@@ -113,6 +118,7 @@ class Door:
 
     async def hold(self, message: wire.Hold) -> wire.Reply:
         """Shut the door and keep it shut, if the schedulers say that they could commit."""
+        await self._open_if_given_up()
         if self.coming is not None:
             return await self._failed(f"its door is shut for version {self.coming} already; nothing was touched")
         async with AsyncExitStack() as opening:
@@ -159,19 +165,29 @@ class Door:
 
     async def _no_longer_needed(self, message: wire.Hold) -> str:
         """Return when the push that the door is held for is dead, or too late; and why."""
-        start, begun, committed = time.monotonic(), False, False
+        start = time.monotonic()
         while (held_s := time.monotonic() - start) < message.hold_s:
             await asyncio.sleep(min(_WATCH_S, message.hold_s - held_s))
             async with self._committing:
-                reply = await self._ask(wire.Describe())
-            if reply.error is not None:
-                continue
-            begun, committed = begun or reply.exclusive, reply.version >= message.version
-            if begun and not reply.exclusive and not committed:
-                return "was given up"
-            if not begun and not committed and held_s > message.drain_s + _BEGIN_S:
+                held = self._held
+                if held is None or await self._is_given_up(held):
+                    return "was given up"
+            if not held.begun and held_s > message.drain_s + _BEGIN_S:
                 return "was held for and not begun"
         return f"was held for {message.hold_s:.0f} s and not released"
+
+    async def _is_given_up(self, held: _Held) -> bool:
+        """Whether the schedulers have let go of what the door is held for, without having committed it."""
+        reply = await self._ask(wire.Describe())
+        return held.begun and not reply.exclusive and reply.version < held.version and reply.error is None
+
+    async def _open_if_given_up(self) -> None:
+        """A sender that is gone does not keep the next one waiting."""
+        async with self._committing:
+            held = self._held
+            if held is not None and held.exclusive and await self._is_given_up(held):
+                held.timer.cancel()
+                await self._open(held)
 
     async def _shut(
         self,

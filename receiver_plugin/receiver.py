@@ -261,6 +261,8 @@ class Receiver:
                 f"{moved} moved in memory while version {transfer.version} was staged; nothing was touched"
             )
         if in_flight == "keep":
+            if session.exclusive:
+                raise CommitError(f"its staging is {session.way}, beside which no request can go on")
             if reasons := self._engine.cannot_keep():
                 raise IncompatibleServerError(f"no request can go on here: {'; '.join(reasons)}; nothing was touched")
         elif idle and not self._engine.flush_cache():

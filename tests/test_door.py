@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from receiver_plugin import door as door_module
 from receiver_plugin.door import Door, _prepare
 from shared import protocol
 from shared.errors import PushError
@@ -280,3 +281,115 @@ def test_a_cancelled_commit_opens_the_door() -> None:
             await task
 
     assert run(steps)[1] == ["shut (wait)", "open"]
+
+
+# ---- held from before the first byte: what arrives uses what requests use
+
+EARLY = HOLD.model_copy(update={"before": "begin"})
+BEGIN = protocol.Begin(session="s", version=4, deadline_s=5.0, held=True)
+
+
+class Receiving(Schedulers):
+    """Between `Begin` and its end, replies say that no request may run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.exclusive, self.version = False, 3
+
+    async def ask(self, message: Any) -> protocol.Reply:
+        reply = await super().ask(message)
+        if reply.error is None and message.kind in ("begin", "commit", "release"):
+            self.exclusive = message.kind == "begin"
+            self.version = 4 if message.kind == "commit" else self.version
+        return reply.model_copy(update={"exclusive": self.exclusive, "version": self.version})
+
+    def heard(self) -> list[str]:
+        return [event for event in self.events if event != "describe"]
+
+
+def run_early(steps: Callable[[Receiving], Awaitable[Any]], monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[str]]:
+    monkeypatch.setattr(door_module, "_WATCH_S", 0.02)
+    schedulers = Receiving()
+
+    async def all_steps() -> Any:
+        return await steps(schedulers)
+
+    return asyncio.run(all_steps()), schedulers.heard()
+
+
+def test_the_schedulers_hear_of_it_before_the_door_opens(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def steps(schedulers: Receiving) -> None:
+        door = schedulers.door
+        assert (await door.hold(EARLY)).error is None and door.excludes
+        assert (await door.begin(BEGIN)).exclusive
+        await asyncio.sleep(0.1)
+        assert (await door.commit(HELD)).error is None
+        await asyncio.sleep(0.1)  # strict: others may still commit
+        assert door.excludes
+        await door.release("s", 4)
+        assert not door.excludes
+
+    _, events = run_early(steps, monkeypatch)
+    assert events == ["shut (wait)", "prepare", "begin", "commit", "release", "open"]
+
+
+@pytest.mark.parametrize("hold", [None, HOLD, EARLY.model_copy(update={"version": 5})])
+def test_a_push_does_not_begin_behind_an_open_door(hold: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def steps(schedulers: Receiving) -> protocol.Reply:
+        if hold is not None:
+            await schedulers.door.hold(hold)
+        reply = await schedulers.door.begin(BEGIN)
+        await schedulers.door.release("s")
+        return reply
+
+    reply, events = run_early(steps, monkeypatch)
+    assert reply.error is not None and "nothing was touched" in reply.error.message and "begin" not in events
+
+
+def test_the_door_opens_when_the_schedulers_have_given_the_push_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def steps(schedulers: Receiving) -> None:
+        await schedulers.door.hold(EARLY)
+        await schedulers.door.begin(BEGIN)
+        await asyncio.sleep(0.1)
+        assert schedulers.door.excludes
+        schedulers.exclusive = False  # its sender is dead
+        await asyncio.sleep(0.2)
+        assert not schedulers.door.excludes
+
+    assert run_early(steps, monkeypatch)[1][-2:] == ["release", "open"]
+
+
+def test_a_push_that_never_begins_opens_the_door(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(door_module, "_BEGIN_S", 0.0)
+
+    async def steps(schedulers: Receiving) -> None:
+        await schedulers.door.hold(EARLY.model_copy(update={"drain_s": 0.1}))
+        await asyncio.sleep(0.3)
+        assert not schedulers.door.excludes
+
+    assert run_early(steps, monkeypatch)[1][-2:] == ["release", "open"]
+
+
+def test_a_push_that_never_ends_is_given_up_before_the_door_opens(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def steps(schedulers: Receiving) -> None:
+        await schedulers.door.hold(EARLY.model_copy(update={"hold_s": 0.15}))
+        await schedulers.door.begin(BEGIN)
+        await asyncio.sleep(0.4)
+        assert not schedulers.door.excludes and not schedulers.exclusive
+
+    assert run_early(steps, monkeypatch)[1][-2:] == ["release", "open"]
+
+
+def test_a_sender_that_is_gone_does_not_keep_the_next_one_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def steps(schedulers: Receiving) -> None:
+        monkeypatch.setattr(door_module, "_WATCH_S", 60.0)
+        await schedulers.door.hold(EARLY)
+        await schedulers.door.begin(BEGIN)
+        other = EARLY.model_copy(update={"session": "t", "version": 5})
+        assert (await schedulers.door.hold(other)).error is not None  # it is still at work
+        schedulers.exclusive = False
+        assert (await schedulers.door.hold(other)).error is None
+        await schedulers.door.release("t")
+
+    events = run_early(steps, monkeypatch)[1]
+    assert events[2:] == ["begin", "release", "open", "shut (wait)", "prepare", "release", "open"]

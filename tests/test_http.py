@@ -410,3 +410,82 @@ def test_an_answer_that_is_lost_outside_of_a_commit_fences_nothing() -> None:
     status, reply = server.send(protocol.Close(session="s"))
     assert status == 500 and reply.state == "SERVING" and reply.error is not None
     assert server.serves()
+
+
+# ---- a push that no request may run beside
+
+
+EARLY = protocol.Hold(session="s", version=4, drain_s=5.0, hold_s=60.0, in_flight="wait", before="begin")
+BEGIN = protocol.Begin(session="s", version=4, deadline_s=5.0, held=True)
+
+
+class Exclusive(Server):
+    """Schedulers in the middle of such a push, from `Begin` to `Release`; the door lives as long as the test."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        ask, self.exclusive, self.fence = self.channel.ask, False, None
+
+        async def answer(message: Any) -> tuple[protocol.Reply, ...]:
+            (reply,) = await ask(message)
+            if message.kind in ("begin", "release", "commit"):
+                self.exclusive = message.kind == "begin"
+            return (reply.model_copy(update={"exclusive": self.exclusive}),)
+
+        self.channel.ask = answer  # type: ignore[method-assign]
+
+    def __enter__(self) -> Exclusive:
+        self.client.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.client.__exit__(None, None, None)
+
+
+def begun(server: Exclusive) -> None:
+    assert server.send(EARLY)[0] == server.send(BEGIN)[0] == 200
+
+
+@pytest.mark.parametrize("path", ["/pause_generation", "/continue_generation"])
+def test_nobody_else_lets_requests_run_beside_it(path: str) -> None:
+    with Exclusive() as server:
+        assert server.client.post(path).status_code == 200
+        begun(server)
+        assert server.client.post(path).status_code == 409
+        server.send(COMMIT.model_copy(update={"held": True}))
+        assert server.client.post(path).status_code == 409
+        server.send(protocol.Release(session="s", version=4))
+        assert server.client.post(path).status_code == 200 and server.serves()
+
+
+@pytest.mark.parametrize("kind", ["abort", "close", "release"])
+def test_the_schedulers_are_asked_first(kind: str) -> None:
+    with Exclusive() as server:
+        begun(server)
+        message: BaseModel = protocol.Release(session="s", version=4)
+        if kind == "abort":
+            message = protocol.Abort(session="s", version=4, reason="why")
+        elif kind == "close":
+            message = protocol.Close(session="s")
+        server.send(message)
+        order = [event for event in server.channel.events if event in ("ask release", f"ask {kind}", "admitting")]
+        assert order[-1] == "admitting" and order[-2] == "ask release" and f"ask {kind}" in order
+        assert server.serves()
+
+
+def test_a_door_that_opens_without_their_word_leaves_a_fence() -> None:
+    def silent(message: Any) -> None:
+        if message.kind == "release":
+            raise errors.PushError("the schedulers did not answer")
+
+    with Exclusive() as server:
+        begun(server)
+        server.channel.on_message = silent
+        server.send(protocol.Close(session="s"))
+        assert server.channel.events[-1] != "ask release" and not server.serves()
+        server.send(protocol.Describe())  # they still say that they are in the middle of it
+        assert not server.serves() and server.client.post("/continue_generation").status_code == 200
+        server.channel.on_message = lambda message: None
+        server.exclusive = False
+        server.send(protocol.Describe())
+        assert server.serves()

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tests.faults import kinds, kinds_peers
+from tests.faults import kinds, kinds_peers, kinds_ways
 from tests.faults.case import Case, draw
 from tests.faults.kinds import Staged
 from tests.faults.leaks import held, left_behind
@@ -49,6 +49,10 @@ STAGED: dict[str, Staged] = {
     "generation paused": kinds.generation_paused,
     "late message": kinds.late_message,
     "stale version": kinds.stale_version,
+    "exception, staged in place": kinds_ways.exception_in_place,
+    "exception, staged in the KV cache": kinds_ways.exception_in_the_kv_cache,
+    "byte flipped, staged in place": kinds_ways.byte_flipped_in_place,
+    "sender vanished, staged in place": kinds_ways.sender_vanished_in_place,
 }
 
 

@@ -50,6 +50,10 @@ KINDS: dict[str, tuple[tuple[str, ...], tuple[PlaneName, ...]]] = {
     "generation paused": (("ask commit",), BOTH),
     "late message": (("begin", "verify", "prepare", "commit", "abort", "close"), BOTH),
     "stale version": (("ask begin",), BOTH),
+    "exception, staged in place": ((*RECEIVING[1:], *COPYING[1:3], "publish"), BOTH),
+    "exception, staged in the KV cache": ((*RECEIVING[1:], *COPYING[1:3]), BOTH),
+    "byte flipped, staged in place": (BUCKETS, BOTH),
+    "sender vanished, staged in place": (("send", "ask verify", "ask commit"), ("memory",)),
 }
 SLOW = ("sender killed", "sender killed in mid-bucket", "server killed", "server frozen")  # they start processes
 

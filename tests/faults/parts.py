@@ -114,7 +114,8 @@ class FaultyStaging(Staging):
         """A fault in the copy strikes when half of it is done."""
         targets = list(self._targets.values())
         for target in targets[: len(targets) // 2]:
-            target.parameter.view(-1).copy_(target.pieces[0].tensor.view(-1))
+            piece = target.pieces[0].tensor.view(-1)
+            target.parameter.view(-1)[: piece.numel()].copy_(piece)
         self._tripwire.at("copy", *self._place)
         super().commit()
 

@@ -63,7 +63,9 @@ class Run:
 
     def __init__(self, case: Case, pace: float = 1.0) -> None:
         self.case, self.tripwire, self.slack_s = case, Tripwire(), SLACK_S * pace
-        waits = case.kind in _WAITING or case.kind.startswith("sender killed") or case.stage == "join"
+        waits = (
+            case.kind in _WAITING or case.kind.startswith(("sender killed", "sender vanished")) or case.stage == "join"
+        )
         short = waits or case.kind == "requests that never end"
         self.timeout_s = pace * (_SHORT_S if short else _PATIENT_S)
         self.own_process = case.kind in ("server killed", "server frozen")
