@@ -196,11 +196,11 @@ class Fleet:
                 for name, mine in zip(self.names, rendezvous, strict=True)
             ]
         )
+        if plane is not None:
+            plane.join(rendezvous[0])
         self.staging = {name: reply.staging for name, reply in replies.items() if reply.staging}
         if len(self.staging) != len(self._servers):
             raise PushError("a server did not say where it stages")
-        if plane is not None:
-            plane.join(rendezvous[0])
 
     # Every push
 
