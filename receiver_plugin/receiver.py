@@ -309,9 +309,11 @@ class Receiver:
         if session is None:
             return
         transfer = session.transfer
-        found = gather(self._ranks, (transfer.dead() if transfer is not None else None, session.lost))
-        late = next((why for why, _ in found if why is not None), None)
-        lost = next((why for _, why in found if why is not None), None)
+        mine = (None, False) if transfer is None else (transfer.dead(), transfer.own_fault)
+        found = gather(self._ranks, (*mine, session.lost))
+        own = [why for why, own_fault, _ in found if own_fault]
+        late = next((why for why in (*own, *(why for why, _, _ in found)) if why is not None), None)
+        lost = next((why for _, _, why in found if why is not None), None)
         if transfer is None:
             if lost is not None:
                 self._end_session()
@@ -321,7 +323,7 @@ class Receiver:
                 self._fence_for(f"it promised version {transfer.version} and heard nothing of it in time")
         elif late is not None or lost is not None:
             logger.warning("fp8sync: version %d is given up: %s", transfer.version, late or lost)
-            session.end_transfer(str(late or lost))
+            session.end_transfer(str(late or lost), own_fault=bool(own))
 
     def _end_session(self) -> None:
         if self._session is None:

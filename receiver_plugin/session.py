@@ -20,7 +20,7 @@ import torch
 from receiver_plugin.staging import Staging
 from shared.buckets import Layout
 from shared.digest import digest
-from shared.errors import Fp8SyncError, TransferError
+from shared.errors import Fp8SyncError, PushError, TransferError
 from shared.planes import ReceiveHalf
 from shared.protocol import Open
 
@@ -40,6 +40,7 @@ class Transfer:
         self.cancelled = threading.Event()
         self.digests: list[int] = []
         self.error: str | None = None
+        self.own_fault = False  # of this rank, not of the data plane
         self.verified = False
         self.promised = False
 
@@ -84,7 +85,7 @@ class Session:
         self._staging: Staging | None = staging
         self.transfer: Transfer | None = None
         self.lost: str | None = None  # why no push can come through this session
-        self._ended = "never begun"
+        self._ended, self._own_fault = "never begun", False
         self._layout = layout
         self._wake = threading.Condition()
         self._pending: Transfer | None = None
@@ -106,12 +107,14 @@ class Session:
 
     def transfer_of(self, version: int) -> Transfer:
         if self.transfer is None or self.transfer.version != version:
-            raise TransferError(f"version {version} is not on its way to this server: {self._ended}")
+            error = PushError if self._own_fault else TransferError
+            raise error(f"version {version} is not on its way to this server: {self._ended}")
         return self.transfer
 
-    def end_transfer(self, why: str) -> None:
+    def end_transfer(self, why: str, own_fault: bool = False) -> None:
+        """`own_fault`: a rank of this server failed by itself, so that bytes did not arrive elsewhere."""
         if self.transfer is not None:
-            self._ended = why
+            self._ended, self._own_fault = why, own_fault
             self.transfer.cancelled.set()
             self.transfer = None
             with self._wake:
@@ -191,6 +194,7 @@ class Session:
         except Fp8SyncError as error:
             return str(error)
         except Exception as error:
+            transfer.own_fault = True
             logger.exception("fp8sync: receiving version %d failed", transfer.version)
             return f"{type(error).__name__}: {error}"
         finally:

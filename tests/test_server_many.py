@@ -13,7 +13,7 @@ from shared.launch import sglang_fp8_args
 from tests.server_fixtures import CHANGES
 from tests.test_server_tp import ENV
 
-LAYOUTS = ([], ["--tp-size", "2"])
+LAYOUTS: tuple[list[str], ...] = ([], ["--tp-size", "2"])
 
 
 @pytest.mark.server
