@@ -14,6 +14,7 @@ loop is the caller's own (`async_generate`), push from another thread: `await as
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -25,6 +26,8 @@ from receiver_plugin.version_headers import Passage, passing
 from shared.errors import ServerUnreachableError, error_from_wire
 from shared.protocol import Reply, decode_message
 from shared.versions import Demand
+
+_RUNNING = threading.Lock()  # engines made on one thread share its event loop; a sender asks all of them at once
 
 
 class EngineControl:
@@ -41,10 +44,16 @@ class EngineControl:
     def call(self, message: BaseModel, timeout_s: float) -> Reply:
         """Raises: the error that the engine reported, or `ServerUnreachableError`."""
         loop, asked = self._loop(), self._ask(decode_message(message.model_dump_json()), timeout_s)
-        if loop.is_running():
+        if not _RUNNING.acquire(timeout=timeout_s):
+            asked.close()
+            raise ServerUnreachableError(f"{self.name} was not asked for {timeout_s:.0f} s: another engine's turn")
+        try:
+            if idle := not loop.is_running():
+                reply = loop.run_until_complete(asked)
+        finally:
+            _RUNNING.release()
+        if not idle:
             reply = _wait(asyncio.run_coroutine_threadsafe(asked, loop), timeout_s)
-        else:
-            reply = loop.run_until_complete(asked)
         if reply is None:
             text = f"{self.name} did not answer within {timeout_s:.0f} s"
             raise ServerUnreachableError(f"{text}; its event loop must run: push from another thread than the loop's")

@@ -20,7 +20,7 @@ import torch
 
 from receiver_plugin.staging import Staging
 from shared.buckets import Layout
-from shared.errors import Fp8SyncError, TransferError
+from shared.errors import Fp8SyncError, PushError, TransferError
 from shared.planes import ReceiveHalf
 from shared.protocol import Open, StagingWay
 
@@ -41,6 +41,7 @@ class Transfer:
         self.cancelled = threading.Event()
         self.digests: list[int] = []
         self.error: str | None = None
+        self.own_fault = False  # of this rank, not of the data plane
         self.verified = False
         self.promised = False
 
@@ -109,7 +110,7 @@ class Session:
         self._staging: Staging | None = None if self.exclusive else stage()
         self.transfer: Transfer | None = None
         self.lost: str | None = None  # why no push can come through this session
-        self.ended = "never begun"
+        self.ended, self._own_fault = "never begun", False
         self._layout = layout
         self._wake = threading.Condition()
         self._pending: Transfer | None = None
@@ -147,14 +148,18 @@ class Session:
 
     def transfer_of(self, version: int) -> Transfer:
         if self.transfer is None or self.transfer.version != version:
-            raise TransferError(f"version {version} is not on its way to this server: {self.ended}")
+            error = PushError if self._own_fault else TransferError
+            raise error(f"version {version} is not on its way to this server: {self.ended}")
         return self.transfer
 
-    def end_transfer(self, why: str) -> bool:
-        """Whether live parameters were written to. On return nothing writes any more."""
+    def end_transfer(self, why: str, own_fault: bool = False) -> bool:
+        """Whether live parameters were written to. On return nothing writes any more.
+
+        `own_fault`: a rank of this server failed by itself, so that bytes did not arrive elsewhere.
+        """
         if self.transfer is None:
             return False
-        self.ended = why
+        self.ended, self._own_fault = why, own_fault
         self.transfer.cancel()
         touched = self.transfer.staging.touched
         self.transfer = None
@@ -248,6 +253,7 @@ class Session:
         except Fp8SyncError as error:
             return str(error)
         except Exception as error:
+            transfer.own_fault = True
             logger.exception("fp8sync: receiving version %d failed", transfer.version)
             return f"{type(error).__name__}: {error}"
         return None

@@ -83,15 +83,15 @@ class Sessions:
 
     # How transfers end; what they return is why the server must be fenced, None if it need not
 
-    def give_up(self, why: str) -> str | None:
-        """End the transfer under way, if there is one, on all ranks at once."""
+    def give_up(self, why: str, own_fault: bool = False) -> str | None:
+        """End the transfer under way, if there is one, on all ranks at once. `own_fault`: of a rank of this server."""
         session = self.current
         if session is None or session.transfer is None:
             return None
         version = session.transfer.version
         fence = f"it promised version {version}: {why}" if session.transfer.promised else None
         try:
-            if any(self.end_transfer(why)):
+            if any(self.end_transfer(why, own_fault)):
                 fence = f"version {version} was written in part only: {why}"
         except Fp8SyncError as error:
             fence = f"the memory that version {version} was lent was not given back whole: {error}"
@@ -99,13 +99,13 @@ class Sessions:
             session.ended = f"the server is fenced: {fence}"
         return fence
 
-    def end_transfer(self, why: str) -> list[bool]:
+    def end_transfer(self, why: str, own_fault: bool = False) -> list[bool]:
         """Of each rank, whether it has written to live parameters. Raises: PushError: something was not given back."""
         session = self.current
         assert session is not None
 
         def end() -> bool:
-            touched = session.end_transfer(why)
+            touched = session.end_transfer(why, own_fault)
             if session.exclusive:
                 self._synchronize()
             return touched
@@ -119,9 +119,11 @@ class Sessions:
         if session is None:
             return None
         transfer = session.transfer
-        found = gather(self._ranks, (transfer.dead() if transfer is not None else None, session.lost))
-        late = next((why for why, _ in found if why is not None), None)
-        lost = next((why for _, why in found if why is not None), None)
+        mine = (None, False) if transfer is None else (transfer.dead(), transfer.own_fault)
+        found = gather(self._ranks, (*mine, session.lost))
+        own = [why for why, own_fault, _ in found if own_fault]
+        late = next((why for why in (*own, *(why for why, _, _ in found)) if why is not None), None)
+        lost = next((why for _, _, why in found if why is not None), None)
         if transfer is None:
             if lost is not None:
                 self.close()
@@ -131,7 +133,7 @@ class Sessions:
         if reason is None:
             return None
         logger.warning("fp8sync: version %d is given up: %s", transfer.version, reason)
-        return self.give_up(reason)
+        return self.give_up(reason, own_fault=bool(own))
 
     def give_up_memory(self, tags: Collection[str]) -> str | None:
         """Memory of the engine is about to be released: nothing may write there any more."""

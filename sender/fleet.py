@@ -264,7 +264,7 @@ class Fleet:
         decided = self._transaction is not None and self._transaction.decided
         if self._servers.quorum is None or decided or by_the_trainer(failure):
             return False
-        guilty = to_blame(self._servers.failed, len(self._servers)) or self._unreachable()
+        guilty = to_blame(self._servers.failed, len(self._servers)) or self._at_fault()
         if not guilty and self._tried_again:
             return False
         self._tried_again = self._tried_again or not guilty
@@ -272,10 +272,11 @@ class Fleet:
         self.fail(failure)
         return True
 
-    def _unreachable(self) -> Failed:
-        """Where the data plane broke, the servers that are gone."""
-        _, failed = self._servers.try_each(wire.Describe(), self._servers.answer_s)
-        return failed
+    def _at_fault(self) -> Failed:
+        """Where the data plane broke: the servers that are gone, and those that say that it was they."""
+        verify = wire.Verify(session=self._session, version=self._version, digests=tuple(self._digests))
+        _, failed = self._servers.try_each(verify, self._servers.answer_s)
+        return to_blame(failed, len(failed))
 
     def fail(self, reason: BaseException) -> None:
         """After any failure: every server forgets the push, and the next push opens a new session."""

@@ -8,8 +8,6 @@ from contextlib import contextmanager
 
 from pydantic import BaseModel, ConfigDict
 
-from sender.fleet import Fleet
-from sender.plan import PushPlan
 from shared.protocol import StagingWay
 
 PHASES = ("plan", "gather", "quantize", "send", "verify", "commit")
@@ -40,23 +38,6 @@ class PushReport(BaseModel):
     staging: dict[str, StagingWay]
     servers: tuple[str, ...]
     left_out: dict[str, str] = {}
-
-
-def make_report(plan: PushPlan, version: int, seconds: dict[str, float], skew_s: float, fleet: Fleet) -> PushReport:
-    return PushReport(
-        version=version,
-        num_tensors=len(plan.layout.tensors),
-        num_quantized=plan.num_quantized,
-        num_buckets=len(plan.layout.buckets),
-        bf16_bytes=plan.bf16_bytes,
-        wire_bytes=plan.layout.num_bytes,
-        seconds=seconds,
-        skew_s=skew_s,
-        stood_still_s=fleet.stood_still_s,
-        staging=fleet.staging,
-        servers=fleet.names,
-        left_out=fleet.left_out,
-    )
 
 
 class PhaseClock:

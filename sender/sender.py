@@ -16,23 +16,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import TracebackType
-from typing import get_args
 
 import torch
 from torch import nn
 
+from sender.checks import check_servers, check_version, check_ways
 from sender.control import ControlClient, HttpControl
 from sender.fleet import Fleet, longest_push_s
 from sender.handle import PushHandle
-from sender.packer import Packer
+from sender.leader import Leader
 from sender.plan import PushPlan
 from sender.ranks import Lead, TrainerRanks, TryAgain
-from sender.report import PhaseClock, PushReport, make_report
+from sender.report import PhaseClock, PushReport
 from sender.snapshot import Keeper
 from sender.source import ModuleSource, Shard, ShardSource, WeightSource
 from sender.turns import Turns
-from shared.buckets import DEFAULT_BUCKET_BYTES, Bucket
-from shared.errors import ConfigError, Fp8SyncError, SessionLostError
+from shared.buckets import DEFAULT_BUCKET_BYTES
+from shared.errors import ConfigError, Fp8SyncError
 from shared.protocol import FP8BlockConfig, InFlight, PlaneName, StagingChoice
 
 
@@ -81,28 +81,12 @@ class FP8Sender:
         plane: PlaneName = "gloo",
         ca_file: str | None = None,
     ) -> None:
-        if isinstance(servers, str) or not servers:
-            raise ConfigError("servers is a list with at least one server URL")
-        names = [server.rstrip("/") if isinstance(server, str) else server.name for server in servers]
-        if twice := {name for name in names if names.count(name) > 1}:
-            raise ConfigError(f"named twice in servers: {sorted(twice)}")
+        check_servers(servers, quorum)
+        staging = check_ways(in_flight, strict, staging)
         self._config = config or FP8BlockConfig()
         self._bucket_bytes, self._timeout_s = bucket_bytes, timeout_s
         self._patience_s = longest_push_s(timeout_s)  # the other ranks wait for rank 0, all of its deadlines added up
         self._ranks = TrainerRanks(meeting_timeout_s)
-        if quorum is not None and not 1 <= quorum <= len(names):
-            raise ConfigError(f"quorum={quorum}: it is a number from 1 to the {len(names)} server(s), or None")
-        if in_flight not in get_args(InFlight):
-            raise ConfigError(f"in_flight={in_flight!r}: it is one of {list(get_args(InFlight))}")
-        if staging not in get_args(StagingChoice):
-            raise ConfigError(f"staging={staging!r}: it is one of {list(get_args(StagingChoice))}")
-        if in_flight == "keep":
-            if strict:
-                text = "requests that go on meet the new version on each server as soon as that has committed"
-                raise ConfigError(f"strict=True holds nothing with in_flight='keep': {text}")
-            if staging not in ("auto", "reserved"):
-                raise ConfigError(f"staging={staging!r} takes a server without requests; in_flight='keep' keeps them")
-            staging = "reserved"
         self._connect = lambda s: HttpControl(s, admin_key, ca_file) if isinstance(s, str) else s
         self._fleet = Fleet(
             [self._connect(server) for server in servers],
@@ -115,10 +99,8 @@ class FP8Sender:
             quorum=quorum,
         )
         self._quorum, self._turns, self._keeper = quorum, Turns(self._patience_s), Keeper(keep_snapshot)
+        self._leader = Leader(self._fleet, self._config, bucket_bytes, self._turns, self._keeper)
         self._planned: PushPlan | None = None
-        self._packer: Packer | None = None
-        self._newest = self._version = 0
-        self._skew_s = 0.0
         self._pending: PushHandle | None = None
 
     # The interface
@@ -126,7 +108,7 @@ class FP8Sender:
     def prepare(self, model: nn.Module) -> PushPlan:
         """Collective. Plan and connect now, so that the first push is like the others. Optional."""
         _, plan, _ = self._meet_and_plan("prepare", lambda: ModuleSource(model), PhaseClock())
-        self._end_push()
+        self._leader.end()
         return plan
 
     def push(self, model: nn.Module, *, version: int | None = None) -> PushReport:
@@ -153,7 +135,7 @@ class FP8Sender:
 
         Training may change the weights at once. No other call of this sender may come before `wait()`.
         """
-        _check_version(version)
+        check_version(version)
         clock = PhaseClock()
         source, plan, lead = self._meet_and_plan("push_async", lambda: ModuleSource(model), clock)
         snapshot: list[torch.Tensor] = []
@@ -161,7 +143,7 @@ class FP8Sender:
             with clock.phase("gather"), self._failing_loudly():
                 weights = source.gather(bucket.names)
             with clock.phase("quantize"):
-                lead.run(self._keep, plan, bucket, weights, snapshot)
+                lead.run(self._leader.pack_into, snapshot, plan, bucket, weights)
         source.release()
         self._pending = PushHandle(
             lambda: self._transfer(plan, lead, clock, snapshot, version),
@@ -189,9 +171,8 @@ class FP8Sender:
     def catch_up(self) -> tuple[str, ...]:
         """Not collective: on rank 0, from any thread, while training goes on. Waits for a push under way.
 
-        Brings the version of the last push to every server that does not serve it, from the snapshot
-        (`keep_snapshot`): one that joined, started again, is fenced, or was left out. Returns their names; on other
-        ranks it does nothing.
+        Brings the version of the last push, from the snapshot (`keep_snapshot`), to every server that does not serve
+        it: one that joined, started again, is fenced, or was left out. Their names; on other ranks it does nothing.
 
         Raises:
             ConfigError: there is no snapshot, or a `push_async` is under way.
@@ -221,7 +202,7 @@ class FP8Sender:
 
     def _push(self, make_source: Callable[[], WeightSource], version: int | None) -> PushReport:
         """All ranks try again as often as rank 0 finds servers to leave out (`quorum`)."""
-        _check_version(version)
+        check_version(version)
         while True:
             with suppress(TryAgain):
                 return self._push_to_those_left(make_source, version)
@@ -230,41 +211,38 @@ class FP8Sender:
         clock = PhaseClock()
         source, plan, lead = self._meet_and_plan("push", make_source, clock)
         with clock.phase("plan"):
-            lead.run(self._begin, plan, version)
+            lead.run(self._leader.begin, version)
         for bucket in plan.layout.buckets:
             with clock.phase("gather"), self._failing_loudly():
                 weights = source.gather(bucket.names)
             with clock.phase("quantize"):
-                packed = lead.run(self._pack, plan, bucket, weights)
-            if self._fleet.checks_first:
-                lead.run(self._check_finite)
+                packed = lead.run(self._leader.pack, plan, bucket, weights)
             with clock.phase("send"):
-                lead.run(self._send, packed, bucket.index)
+                lead.run(self._leader.send, packed, bucket.index)
         source.release()
         self._publish(lead, clock)
         return self._finish(plan, lead, clock)
 
     def _publish(self, lead: Lead, clock: PhaseClock) -> None:
         with clock.phase("verify"):
-            lead.run(self._check_finite)
-            lead.run(self._fleet.verify)
+            lead.run(self._leader.verify)
         with clock.phase("commit"):
-            self._skew_s = lead.run(self._fleet.commit) or 0.0
+            lead.run(self._leader.commit)
 
     def _transfer(
         self, plan: PushPlan, lead: Lead, clock: PhaseClock, snapshot: list[torch.Tensor], version: int | None
     ) -> None:
         """The rest of `push_async`, on a thread of its own. It tries again without a word to the other ranks."""
-        lead.run(self._check_finite)
+        lead.run(self._leader.check_finite)
         while True:
-            lead.run(self._begin, plan, version)
+            lead.run(self._leader.begin, version)
             for index, packed in enumerate(snapshot):
                 with clock.phase("send"):
-                    lead.run(self._send, packed, index)
+                    lead.run(self._leader.send, packed, index)
             self._publish(lead, clock)
             if not lead.take_back(self._fleet.leave_out_the_guilty):
                 break
-            lead.run(self._plan_again, plan)
+            lead.run(self._leader.plan_again, plan)
         snapshot.clear()
 
     # Its steps
@@ -296,7 +274,7 @@ class FP8Sender:
 
     def _plan(self, source: WeightSource, lead: Lead, same_plan: bool) -> PushPlan:
         """The plan of the last push if it still holds, else a new one; rank 0 decides for all ranks."""
-        found = lead.run(self._plan_on_leader, source, same_plan)
+        found = lead.run(self._leader.plan, source, self._planned if same_plan else None)
         try:
             text = lead.finish(found, self._patience_s, self._fail, self._fleet.leave_out_the_guilty)
         except (Fp8SyncError, TryAgain):
@@ -304,72 +282,22 @@ class FP8Sender:
             raise
         if text or self._planned is None:
             self._planned = PushPlan.from_json(text, source.tensors, self._bucket_bytes)
-            self._packer = None
         return self._planned
-
-    def _plan_on_leader(self, source: WeightSource, same_plan: bool) -> str:
-        self._turns.begin_push()
-        still_open, self._newest = self._fleet.survey()
-        if same_plan and still_open and self._planned is not None and self._planned.offered == source.tensors:
-            return ""
-        return self._fleet.plan(source.tensors, self._bucket_bytes).to_json()
-
-    def _plan_again(self, plan: PushPlan) -> None:
-        """For what is quantized already. Raises: SessionLostError: the servers that are left want something else."""
-        self._fleet.survey()
-        if self._fleet.plan(plan.offered, self._bucket_bytes).layout.plan_hash != plan.layout.plan_hash:
-            raise SessionLostError("the servers want other tensors than before: push again")
-
-    def _begin(self, plan: PushPlan, version: int | None) -> None:
-        self._keeper.begin()
-        self._version = self._newest + 1 if version is None else version
-        self._fleet.begin(self._version)
-
-    def _send(self, packed: torch.Tensor, index: int) -> None:
-        self._keeper.note(packed)
-        self._fleet.send(packed, index)
-
-    def _pack(self, plan: PushPlan, bucket: Bucket, weights: dict[str, torch.Tensor]) -> torch.Tensor:
-        if self._packer is None:
-            self._packer = Packer(plan.layout, self._config, next(iter(weights.values())).device)
-        if bucket.index == 0:
-            self._packer.begin()
-        return self._packer.pack(bucket, weights)
-
-    def _keep(
-        self, plan: PushPlan, bucket: Bucket, weights: dict[str, torch.Tensor], snapshot: list[torch.Tensor]
-    ) -> None:
-        """Quantize into a buffer of its own, complete on return: another thread reads it, on another stream."""
-        snapshot.append(self._pack(plan, bucket, weights).clone())
-        if snapshot[-1].is_cuda:
-            torch.cuda.current_stream(snapshot[-1].device).synchronize()
-
-    def _check_finite(self) -> None:
-        assert self._packer is not None
-        self._packer.check_finite()
 
     def _finish(self, plan: PushPlan, lead: Lead, clock: PhaseClock, num_tries: int = 1) -> PushReport:
         """`num_tries`: how many rank 0 had for itself. TryAgain is raised where the other ranks are needed for one."""
         self._pending = None
         report, again = "", self._fleet.leave_out_the_guilty if num_tries == 1 else None
         if self._ranks.is_leader and lead.failure is None:
-            self._keeper.committed(self._version, plan)
-            report = make_report(plan, self._version, clock.seconds(), self._skew_s, self._fleet).model_dump_json()
+            report = self._leader.report(plan, clock)
         found = lead.finish(report, self._patience_s * num_tries, self._fail, again)
-        self._end_push()
+        self._leader.end()
         return PushReport.model_validate_json(found)
 
     def _fail(self, failure: BaseException) -> None:
         """On rank 0: tell the servers, and plan anew next time."""
         self._planned = None
-        self._fleet.fail(failure)
-        self._end_push()
-
-    def _end_push(self) -> None:
-        """Servers that were left out are tried again; others may have their turn."""
-        if self._ranks.is_leader:
-            self._fleet.end_push()
-            self._turns.end_push()
+        self._leader.fail(failure)
 
     @property
     def _num_tries(self) -> int:
@@ -381,8 +309,3 @@ class FP8Sender:
             raise ConfigError(f"{what}: a push_async is still under way: wait() for it first")
         with self._turns.between_pushes(what):
             yield
-
-
-def _check_version(version: object) -> None:
-    if version is not None and (not isinstance(version, int) or isinstance(version, bool)):
-        raise ConfigError(f"version={version!r}: versions are whole numbers")

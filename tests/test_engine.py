@@ -250,3 +250,18 @@ def test_the_lock_is_let_go_when_one_part_is_taken(attached: Attached) -> None:
         await asyncio.wait_for(lock.acquire(), 5.0)
 
     attached.engine.loop.run_until_complete(ask())
+
+
+def test_engines_that_share_an_event_loop_are_asked_at_once_and_answer_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang gives engines that are made on one thread the same loop; a sender asks its servers on threads."""
+    engines = [Attached(monkeypatch) for _ in range(3)]
+    for attached in engines:
+        attached.engine.loop = engines[0].engine.loop
+        attached.channel.answer_s = 0.05
+    replies: list[protocol.Reply] = []
+    threads = [threading.Thread(target=lambda a=attached: replies.append(a.push(1))) for attached in engines]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10.0)
+    assert [reply.version for reply in replies] == [1, 1, 1]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -47,11 +47,14 @@ class Watched(InProcessControl):
 class Fleet:
     """Three servers of one rank and a sender."""
 
+    made: ClassVar[list[Fleet]] = []
+
     def __init__(self, **settings: Any) -> None:
         self.servers = [Server(name=name) for name in "abc"]
         self.controls = [Watched(server, name) for server, name in zip(self.servers, "abc", strict=True)]
         settings = {"plane": "memory", "timeout_s": 5.0, "bucket_bytes": 64 << 10, **settings}
         self.sender = FP8Sender(self.controls, **settings)
+        self.made.append(self)
 
     def serving(self, seed: int) -> str:
         """The names of those that serve `Trainer(seed)`."""
@@ -63,6 +66,16 @@ class Fleet:
 
     def states(self) -> list[str]:
         return [server.state() for server in self.servers]
+
+
+@pytest.fixture(autouse=True)
+def all_closed() -> Iterator[None]:
+    yield
+    for fleet in Fleet.made:
+        for control in fleet.controls:
+            control.on_message = control.after = lambda message: None
+        fleet.sender.close()
+    Fleet.made.clear()
 
 
 def raising(kind: str, error: Exception, times: int = 99) -> Callable[[Any], None]:
@@ -536,8 +549,9 @@ def test_the_session_of_a_dead_sender_ends_by_itself(plane: protocol.PlaneName) 
     assert session._thread.is_alive(), "its sender is there"
     assert fleet._plane is not None
     fleet._plane.close()
-    session._thread.join(10.0)
-    assert not session._thread.is_alive() and session._staging is None
+    thread = session._thread
+    thread.join(10.0)
+    assert not thread.is_alive() and session.__dict__["_staging"] is None
     with pytest.raises(errors.SessionLostError, match="let go of the session"):
         sender.push(Trainer(seed=2))
     sender.push(Trainer(seed=2))

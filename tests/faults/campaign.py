@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tests.faults import kinds, kinds_peers, kinds_ways
+from tests.faults import kinds, kinds_many, kinds_peers, kinds_ways
 from tests.faults.case import Case, draw
 from tests.faults.kinds import Staged
 from tests.faults.leaks import held, left_behind
@@ -47,6 +47,11 @@ STAGED: dict[str, Staged] = {
     "second push of one sender": kinds.second_push,
     "requests that never end": kinds.requests_never_end,
     "generation paused": kinds.generation_paused,
+    "left out by a quorum": kinds_many.left_out,
+    "unheard with a quorum": kinds_many.unheard,
+    "killed with a quorum": kinds_many.killed,
+    "commit after its promise": kinds_many.commit_after_its_promise,
+    "joiner": kinds_many.joiner,
     "late message": kinds.late_message,
     "stale version": kinds.stale_version,
     "exception, staged in place": kinds_ways.exception_in_place,

@@ -13,9 +13,10 @@ RECEIVING = ("begin", "receive", "received", "scatter")
 CHECKS = ("check", "flush")
 COPYING = ("drain", "copy", "refresh", "settle", "publish")
 # Points on the sender (`sending.py`); the last: one server has committed and the others have not.
-MESSAGES = ("describe", "offer", "open", "begin", "verify", "commit")
+MESSAGES = ("describe", "offer", "open", "begin", "verify", "prepare", "commit")
 BETWEEN = "between commits"
-SENDING = ("ask offer", "ask open", "ask begin", "send", "ask verify", "ask commit", BETWEEN)
+SENDING = ("ask offer", "ask open", "ask begin", "send", "ask verify", "ask prepare", "ask commit", BETWEEN)
+OF_SEVERAL = (BETWEEN, "prepare", "ask prepare")  # what only a push to several servers passes
 BUCKETS = ("first bucket", "middle bucket", "last bucket")
 MOMENTS = ("between pushes", "while receiving", "while staged")
 
@@ -48,6 +49,11 @@ KINDS: dict[str, tuple[tuple[str, ...], tuple[PlaneName, ...]]] = {
     "second push of one sender": (("while receiving",), BOTH),
     "requests that never end": (("ask commit",), BOTH),
     "generation paused": (("ask commit",), BOTH),
+    "left out by a quorum": (("allocate", *RECEIVING), BOTH),
+    "unheard with a quorum": (MESSAGES, BOTH),
+    "killed with a quorum": (("allocate", *RECEIVING, *CHECKS, *COPYING), ("gloo",)),
+    "commit after its promise": (("ask commit",), BOTH),
+    "joiner": (("while receiving", "while staged"), BOTH),
     "late message": (("begin", "verify", "prepare", "commit", "abort", "close"), BOTH),
     "stale version": (("ask begin",), BOTH),
     "exception, staged in place": ((*RECEIVING[1:], *COPYING[1:3], "publish"), BOTH),
@@ -55,7 +61,8 @@ KINDS: dict[str, tuple[tuple[str, ...], tuple[PlaneName, ...]]] = {
     "byte flipped, staged in place": (BUCKETS, BOTH),
     "sender vanished, staged in place": (("send", "ask verify", "ask commit"), ("memory",)),
 }
-SLOW = ("sender killed", "sender killed in mid-bucket", "server killed", "server frozen")  # they start processes
+# They start processes.
+SLOW = ("sender killed", "sender killed in mid-bucket", "server killed", "server frozen", "killed with a quorum")
 
 
 @dataclass(frozen=True)
@@ -71,6 +78,10 @@ class Case:
     server: int
     rank: int
     warm: bool
+
+    @property
+    def quorum(self) -> int | None:
+        return self.num_servers - 1 if self.kind.endswith("quorum") else None
 
     def __str__(self) -> str:
         place = f"server {self.server} of {self.num_servers}, rank {self.rank} of {self.tp_size}"
@@ -90,8 +101,10 @@ def draw(seed: int) -> Case:
     num_servers, tp_size = dice.choice((1, 2, 3)), dice.choice((1, 1, 2))
     if kind == "rank lost":
         tp_size = 2
-    if stage == BETWEEN:
+    if stage in OF_SEVERAL or kind in ("commit after its promise", "joiner"):
         num_servers = max(2, num_servers)
+    if kind.endswith("quorum"):
+        num_servers = 3
     warm = dice.random() < 0.8 or kind in ("late message", "stale version", "model moved", "model changed")
     return Case(
         seed, kind, stage, plane, num_servers, tp_size, dice.randrange(num_servers), dice.randrange(tp_size), warm

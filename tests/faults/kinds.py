@@ -19,13 +19,20 @@ Staged = Callable[[Run], tuple[Ends, Pushed]]
 ANY = (OLD, NEW)
 
 
+def late(run: Run, victim: tuple[str, ...] = ()) -> Ends:
+    """Of a fault that strikes one server after its promise, if there are several: it cannot go back alone."""
+    if run.case.num_servers == 1:
+        return Ends((OLD, *victim))
+    return Ends((FENCED, *victim), (NEW,))
+
+
 def exception(run: Run) -> tuple[Ends, Pushed]:
     stage = run.case.stage
     run.on_rank(stage, raising(InjectedError(f"injected at {stage}")))
     pushed = run.try_push(run.new_seed())
     if stage in COPYING:
-        return Ends((FENCED,), ANY), pushed
-    return Ends((OLD,), ANY if stage in CHECKS else (OLD,)), pushed
+        return Ends((FENCED,), (NEW,)), pushed
+    return late(run) if stage in CHECKS else Ends(), pushed
 
 
 def exception_with_keep(run: Run) -> tuple[Ends, Pushed]:
@@ -52,19 +59,21 @@ def rank_lost(run: Run) -> tuple[Ends, Pushed]:
     case = run.case
     run.on_rank(case.stage, lambda data: run.victim.ranks[case.rank].lose())
     pushed = run.try_push(run.new_seed())
-    victim = (FENCED,) if case.stage in COPYING else (OLD, FENCED)
-    return Ends(victim, (OLD,) if case.stage == "begin" else ANY), pushed
+    victim = (FENCED,) if case.stage in COPYING or (case.stage in CHECKS and case.num_servers > 1) else (OLD, FENCED)
+    return Ends(victim, (OLD,) if case.stage == "begin" else (NEW,)), pushed
 
 
 def request_lost(run: Run) -> tuple[Ends, Pushed]:
     run.arm(Place(f"ask {run.case.stage}", run.case.server), raising(errors.ServerUnreachableError("request lost")))
-    return Ends((OLD,), ANY if run.case.stage == "commit" else (OLD,)), run.try_push(run.new_seed())
+    return late(run) if run.case.stage == "commit" else Ends(), run.try_push(run.new_seed())
 
 
 def reply_lost(run: Run) -> tuple[Ends, Pushed]:
     run.arm(Place(f"answered {run.case.stage}", run.case.server), raising(errors.ServerUnreachableError("reply lost")))
-    committed = run.case.stage == "commit"
-    return Ends((NEW,) if committed else (OLD,), ANY if committed else (OLD,)), run.try_push(run.new_seed())
+    if run.case.stage != "commit":
+        return Ends(), run.try_push(run.new_seed())
+    several = run.case.num_servers > 1  # then they are asked what became of it
+    return Ends((NEW,), (NEW,), ("succeeded",) if several else ("failed",)), run.try_push(run.new_seed())
 
 
 # ---- bytes
@@ -126,8 +135,8 @@ def _damaged(run: Run, on_send: Callable[[int, torch.Tensor], Sequence[torch.Ten
 # ---- between pushes, while receiving, while staged
 
 
-def _at_moment(run: Run, action: Action) -> Pushed:
-    """Do it at the moment that the case names, and push."""
+def at_moment(run: Run, action: Action, server: int | None = None) -> Pushed:
+    """Do it at the moment that the case names, and push. While staged: before the commit of `server`, or the victim."""
     if run.case.stage == "between pushes":
         run.arm(Place("ask describe"), lambda data: None)
         action(None)
@@ -135,22 +144,22 @@ def _at_moment(run: Run, action: Action) -> Pushed:
         run.watch_plane()
         run.sender.tripwire.arm(Place("send", nth=run.bucket()), action)
     else:
-        run.alone("ask commit", action)
+        run.alone("ask commit", action, server)
     return run.try_push(run.new_seed())
 
 
 def server_restarted(run: Run) -> tuple[Ends, Pushed]:
-    pushed = _at_moment(run, lambda data: run.victim.restart())
+    pushed = at_moment(run, lambda data: run.victim.restart())
     if run.case.stage == "between pushes":
         return Ends((NEW,), (NEW,), ("succeeded",)), pushed
-    return Ends((FENCED,), ANY if run.case.stage == "while staged" else (OLD,)), pushed
+    return Ends((FENCED,), (NEW,) if run.case.stage == "while staged" else (OLD,)), pushed
 
 
 def stock_update(run: Run) -> tuple[Ends, Pushed]:
-    pushed = _at_moment(run, lambda data: run.victim.stock_update())
+    pushed = at_moment(run, lambda data: run.victim.stock_update())
     if run.case.stage == "between pushes":
         return Ends((NEW,), (NEW,), ("succeeded",)), pushed
-    return Ends((FENCED,), ANY if run.case.stage == "while staged" else (OLD,)), pushed
+    return Ends((FENCED,), (NEW,) if run.case.stage == "while staged" else (OLD,)), pushed
 
 
 def memory_released(run: Run) -> tuple[Ends, Pushed]:
@@ -159,10 +168,10 @@ def memory_released(run: Run) -> tuple[Ends, Pushed]:
             engine.unsafe_reasons = ["the memory of the weights is released: resume it first"]
         run.victim.weights_changed("a release of their memory")
 
-    pushed = _at_moment(run, release)
+    pushed = at_moment(run, release)
     for engine in run.victim.engines:
         engine.unsafe_reasons = []
-    return Ends((FENCED,), ANY if run.case.stage == "while staged" else (OLD,)), pushed
+    return Ends((FENCED,), (NEW,) if run.case.stage == "while staged" else (OLD,)), pushed
 
 
 def model_moved(run: Run) -> tuple[Ends, Pushed]:
@@ -170,8 +179,8 @@ def model_moved(run: Run) -> tuple[Ends, Pushed]:
         parameter = next(iter(run.victim.models[run.case.rank].parameters()))
         parameter.data = parameter.data.clone()
 
-    pushed = _at_moment(run, move)
-    return Ends((OLD,), (OLD,) if run.case.stage == "between pushes" else ANY), pushed
+    pushed = at_moment(run, move)
+    return late(run) if run.case.stage == "while staged" else Ends(), pushed
 
 
 def model_changed(run: Run) -> tuple[Ends, Pushed]:
@@ -190,12 +199,12 @@ def second_sender(run: Run) -> tuple[Ends, Pushed]:
     def push_too(data: torch.Tensor | None) -> None:
         second = run.new_sender()
         run.senders.insert(0, run.senders.pop())
-        refused = _try(lambda: second.inner.push(Trainer(9)))
+        refused = refusal_of(lambda: second.inner.push(Trainer(9)))
         if refused != "ServerBusyError":
             raise Violation(f"a second sender, in the middle of a push, got {refused or 'its way'}")
 
     assert run.sender is first
-    return Ends((NEW,), (NEW,), ("succeeded",)), _at_moment(run, push_too)
+    return Ends((NEW,), (NEW,), ("succeeded",)), at_moment(run, push_too)
 
 
 def second_push(run: Run) -> tuple[Ends, Pushed]:
@@ -205,7 +214,7 @@ def second_push(run: Run) -> tuple[Ends, Pushed]:
 
     def push_twice() -> object:
         handle = run.sender.inner.push_async(Trainer(seed))
-        refused = _try(lambda: run.sender.inner.push(Trainer(9)))
+        refused = refusal_of(lambda: run.sender.inner.push(Trainer(9)))
         if refused != "ConfigError":
             raise Violation(f"a push of a sender that is in the middle of one got {refused or 'its way'}")
         return handle.wait()
@@ -214,7 +223,7 @@ def second_push(run: Run) -> tuple[Ends, Pushed]:
     return Ends((NEW,), (NEW,), ("succeeded",)), run.bounded(push_twice)
 
 
-def _try(call: Callable[[], object]) -> str:
+def refusal_of(call: Callable[[], object]) -> str:
     try:
         call()
     except Exception as error:
@@ -230,7 +239,7 @@ def requests_never_end(run: Run) -> tuple[Ends, Pushed]:
     run.arm(Place("ask commit", run.case.server), lambda data: None)
     pushed = run.try_push(run.new_seed())
     run.victim.busy = False
-    return Ends((OLD,), ANY), pushed
+    return late(run), pushed
 
 
 def generation_paused(run: Run) -> tuple[Ends, Pushed]:
@@ -238,7 +247,7 @@ def generation_paused(run: Run) -> tuple[Ends, Pushed]:
     run.arm(Place("ask commit", run.case.server), lambda data: None)
     pushed = run.try_push(run.new_seed())
     run.victim.paused = False
-    return Ends((OLD,), ANY), pushed
+    return late(run), pushed
 
 
 # ---- messages out of their time
@@ -251,7 +260,7 @@ def late_message(run: Run) -> tuple[Ends, Pushed]:
 
     def deliver(data: torch.Tensor | None) -> None:
         for of in ("0" * 32,) if kind == "close" else ("0" * 32, session):
-            refused = _try(partial(run.victim.call, _message(kind, of, version), 5.0))
+            refused = refusal_of(partial(run.victim.call, _message(kind, of, version), 5.0))
             if not refused and kind not in ("abort", "close"):
                 raise Violation(f"a late {kind} of version {version} was taken")
 

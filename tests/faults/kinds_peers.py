@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 
 from tests.faults.case import BETWEEN, CHECKS, COPYING
-from tests.faults.kinds import ANY
+from tests.faults.kinds import late
 from tests.faults.processes import SenderProcess, ServerProcess, push_once, waiting
 from tests.faults.run import FENCED, GONE, NEW, OLD, Ends, Pushed, Run, Violation
 from tests.faults.tripwire import Place
 
+_DECIDED = (NEW, FENCED)  # others than the one whose commit was held back: they took theirs, or their promise ran out
 FROZEN_S = 0.7  # beyond the deadline
 _STARTING_S = 60.0
 
@@ -30,9 +31,20 @@ def _arms(run: Run, action: str) -> list[tuple[Place, str]]:
 
 
 def _ends(run: Run) -> Ends:
+    """After the promises no server goes back: it takes the new version, or is fenced when it hears nothing."""
     if run.case.stage == BETWEEN:
-        return Ends((NEW,), ANY, ("failed",))
-    return Ends((OLD,), ANY if run.case.stage == "ask commit" else (OLD,))
+        return Ends((NEW,), _DECIDED)
+    if run.case.stage == "ask prepare":
+        return Ends((OLD,), (OLD, FENCED))
+    if run.case.stage == "ask commit" and run.case.num_servers > 1:
+        return Ends((FENCED,), _DECIDED)
+    return Ends()
+
+
+def _end_s(run: Run) -> float:
+    """How long servers may take to find that a sender is gone."""
+    promised = run.case.num_servers > 1 and run.case.stage in ("ask prepare", "ask commit", BETWEEN)
+    return (run.promise_s if promised else run.timeout_s) + run.slack_s
 
 
 def sender_killed(run: Run) -> tuple[Ends, Pushed]:
@@ -42,7 +54,7 @@ def sender_killed(run: Run) -> tuple[Ends, Pushed]:
 def sender_killed_in_mid_bucket(run: Run) -> tuple[Ends, Pushed]:
     """Or a little later, since nobody can say how far a broadcast is: then it may have committed."""
     pushed = _killed(run, [(Place("send", nth=run.bucket()), "kill soon")])
-    return Ends(ANY, ANY), pushed
+    return Ends((OLD, NEW, FENCED), (OLD, NEW, FENCED)), pushed
 
 
 def _killed(run: Run, arms: list[tuple[Place, str]]) -> Pushed:
@@ -54,7 +66,7 @@ def _killed(run: Run, arms: list[tuple[Place, str]]) -> Pushed:
         if not sender.killed(_STARTING_S) or sender.outcome(1.0) is not None:
             raise Violation("the sender was to be killed and was not")
         run.tripwire.struck.append(arms[-1][0])
-        run.give_up_at = time.monotonic() + run.timeout_s + run.slack_s
+        run.give_up_at = time.monotonic() + run.promise_s + run.slack_s
         return Pushed("Killed")
     finally:
         sender.close()
@@ -70,7 +82,7 @@ def sender_vanished(run: Run) -> tuple[Ends, Pushed]:
         for place, _ in _arms(run, ""):
             run.sender.tripwire.arm(place, run.sender.vanish)
     pushed = run.try_push(run.new_seed())
-    run.give_up_at = time.monotonic() + run.timeout_s + run.slack_s
+    run.give_up_at = time.monotonic() + _end_s(run)
     return _ends(run), pushed
 
 
@@ -78,8 +90,8 @@ def sender_frozen(run: Run) -> tuple[Ends, Pushed]:
     """Where no deadline runs yet, it may go on as if nothing had been."""
     ends = _ends(run)
     if run.case.stage in ("ask offer", "ask open", "ask begin"):
-        ends = Ends(ANY, ANY, ("failed", "succeeded"))
-    seconds = run.timeout_s + FROZEN_S
+        ends = Ends((OLD, NEW), (OLD, NEW), ("failed", "succeeded"))
+    seconds = _end_s(run) - run.slack_s + FROZEN_S
     if run.case.plane == "gloo":
         return ends, _stopped(run, seconds)
     if run.case.stage == "send":
@@ -112,7 +124,7 @@ def server_killed(run: Run) -> tuple[Ends, Pushed]:
     _arm_server(run, "kill")
     pushed = run.try_push(run.new_seed())
     run.tripwire.struck.append(Place(run.case.stage))
-    return Ends((GONE,), ANY if run.case.stage in (*CHECKS, *COPYING) else (OLD,)), pushed
+    return Ends((GONE,), (NEW,) if run.case.stage in (*CHECKS, *COPYING) else (OLD,)), pushed
 
 
 def server_frozen(run: Run) -> tuple[Ends, Pushed]:
@@ -126,7 +138,7 @@ def server_frozen(run: Run) -> tuple[Ends, Pushed]:
     run.tripwire.struck.append(Place(run.case.stage))
     server.resume()
     run.give_up_at = time.monotonic() + run.timeout_s + run.slack_s
-    return Ends((OLD, NEW, FENCED) if in_commit else (OLD,), ANY if in_commit else (OLD,)), pushed
+    return late(run, (NEW, FENCED)) if in_commit else Ends(), pushed
 
 
 def _arm_server(run: Run, signal_name: str) -> None:

@@ -64,11 +64,13 @@ class Run:
     def __init__(self, case: Case, pace: float = 1.0) -> None:
         self.case, self.tripwire, self.slack_s = case, Tripwire(), SLACK_S * pace
         waits = (
-            case.kind in _WAITING or case.kind.startswith(("sender killed", "sender vanished")) or case.stage == "join"
+            case.kind in (*_WAITING, "commit after its promise")
+            or case.kind.startswith(("sender killed", "sender vanished"))
+            or case.stage == "join"
         )
         short = waits or case.kind == "requests that never end"
         self.timeout_s = pace * (_SHORT_S if short else _PATIENT_S)
-        self.own_process = case.kind in ("server killed", "server frozen")
+        self.own_process = case.kind in ("server killed", "server frozen", "killed with a quorum")
         self.servers: list[Server | ServerProcess] = []
         self.seeds: dict[int, int] = {}  # the weights that a version stands for
         self.before: list[Look] = []
@@ -102,6 +104,11 @@ class Run:
         return self.senders[-1]
 
     @property
+    def promise_s(self) -> float:
+        """How long a promise holds, at the deadlines of this run."""
+        return 2 * self.timeout_s
+
+    @property
     def victim(self) -> Server:
         found = self.servers[self.case.server]
         assert isinstance(found, Server)
@@ -112,7 +119,8 @@ class Run:
         return [(server.name, server.call) for server in self.servers]
 
     def new_sender(self) -> WatchedSender:
-        self.senders.append(WatchedSender(self.calls, self.case.plane, self.timeout_s))
+        settings: dict[str, Any] = {"quorum": self.case.quorum, "keep_snapshot": self.case.kind == "joiner"}
+        self.senders.append(WatchedSender(self.calls, self.case.plane, self.timeout_s, **settings))
         return self.sender
 
     def new_seed(self) -> int:
@@ -194,8 +202,9 @@ class Run:
         nth = case.seed % 3 if stage in ("receive", "received", "scatter") else 0
         self.arm(Place(stage, case.server, case.rank, nth), action)
 
-    def alone(self, stage: str, action: Action) -> None:
+    def alone(self, stage: str, action: Action, victim: int | None = None) -> None:
         """At `stage` on the sender, for the victim, while the messages to the other servers are held back."""
+        victim = self.case.server if victim is None else victim
         done = threading.Event()
 
         def act(data: Any) -> None:
@@ -204,9 +213,9 @@ class Run:
             finally:
                 done.set()
 
-        self.sender.tripwire.arm(Place(stage, self.case.server), act)
+        self.sender.tripwire.arm(Place(stage, victim), act)
         for server in self.servers:
-            if server.index != self.case.server:
+            if server.index != victim:
                 held = Place(f"ask {stage.split()[-1]}", server.index)
                 self.sender.tripwire.arm(held, lambda data: _require(done.wait(10.0)))
 
@@ -219,7 +228,7 @@ class Run:
     def settle(self) -> None:
         """Wait until no server holds anything of the push that was struck; it has until its deadline."""
         for server in self.servers:
-            while (state := self._state(server)) in ("RECEIVING", "STAGED"):
+            while (state := self._state(server)) in ("RECEIVING", "STAGED", "PROMISED"):
                 if time.monotonic() > self.give_up_at:
                     raise Violation(f"{server.name} is still {state}, after the deadline of the push")
                 time.sleep(0.02)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from pydantic import BaseModel
@@ -77,13 +78,15 @@ class WatchedSender:
         plane: protocol.PlaneName,
         timeout_s: float,
         bucket_bytes: int = BUCKET_BYTES,
+        **settings: Any,
     ) -> None:
         self.tripwire, self.gone = Tripwire(), threading.Event()
         self.on_close: list[Callable[[], None]] = []
         controls: list[str | ControlClient] = [
             WatchedControl(index, name, call, self.tripwire, self.gone) for index, (name, call) in enumerate(calls)
         ]
-        self.inner = FP8Sender(controls, plane=plane, timeout_s=timeout_s, bucket_bytes=bucket_bytes)
+        self.controls = controls
+        self.inner = FP8Sender(controls, plane=plane, timeout_s=timeout_s, bucket_bytes=bucket_bytes, **settings)
 
     def watch_plane(self) -> WatchedPlane:
         """Once it is joined: buckets pass the tripwire from here on, until the next plan."""

@@ -1,0 +1,40 @@
+"""Arguments of `FP8Sender`, checked before anything starts. Raises: ConfigError."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import get_args
+
+from sender.control import ControlClient
+from shared.errors import ConfigError
+from shared.protocol import InFlight, StagingChoice
+
+
+def check_servers(servers: Sequence[str | ControlClient], quorum: int | None) -> None:
+    if isinstance(servers, str) or not servers:
+        raise ConfigError("servers is a list with at least one server URL")
+    names = [server.rstrip("/") if isinstance(server, str) else server.name for server in servers]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ConfigError(f"named twice in servers: {sorted(twice)}")
+    if quorum is not None and not 1 <= quorum <= len(names):
+        raise ConfigError(f"quorum={quorum}: it is a number from 1 to the {len(names)} server(s), or None")
+
+
+def check_ways(in_flight: InFlight, strict: bool, staging: StagingChoice) -> StagingChoice:
+    """The ways of staging that go with `in_flight`."""
+    for argument, value, known in (("in_flight", in_flight, InFlight), ("staging", staging, StagingChoice)):
+        if value not in get_args(known):
+            raise ConfigError(f"{argument}={value!r}: it is one of {list(get_args(known))}")
+    if in_flight != "keep":
+        return staging
+    if strict:
+        text = "requests that go on meet the new version on each server as soon as that has committed"
+        raise ConfigError(f"strict=True holds nothing with in_flight='keep': {text}")
+    if staging not in ("auto", "reserved"):
+        raise ConfigError(f"staging={staging!r} takes a server without requests; in_flight='keep' keeps them")
+    return "reserved"
+
+
+def check_version(version: object) -> None:
+    if version is not None and (not isinstance(version, int) or isinstance(version, bool)):
+        raise ConfigError(f"version={version!r}: versions are whole numbers")

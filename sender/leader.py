@@ -1,0 +1,111 @@
+"""What rank 0 does alone in a push: it talks to the servers, quantizes and packs, and keeps what it sent.
+
+`sender.sender` has the order of these steps; each runs through `Lead.run`, so that its failure reaches all ranks.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from sender.fleet import Fleet
+from sender.packer import Packer
+from sender.plan import PushPlan
+from sender.report import PhaseClock, PushReport
+from sender.snapshot import Keeper
+from sender.source import WeightSource
+from sender.turns import Turns
+from shared.buckets import Bucket
+from shared.errors import SessionLostError
+from shared.protocol import FP8BlockConfig
+
+
+class Leader:
+    """`turns`: its pushes and what may come between them; `keeper`: the snapshot of the last one."""
+
+    def __init__(self, fleet: Fleet, config: FP8BlockConfig, bucket_bytes: int, turns: Turns, keeper: Keeper) -> None:
+        self._fleet, self._config, self._bucket_bytes = fleet, config, bucket_bytes
+        self._turns, self._keeper = turns, keeper
+        self._packer: Packer | None = None
+        self._newest = self._version = 0
+        self._skew_s = 0.0
+
+    def plan(self, source: WeightSource, planned: PushPlan | None) -> str:
+        """The plan as text, "" if `planned` still holds."""
+        self._turns.begin_push()
+        still_open, self._newest = self._fleet.survey()
+        if planned is not None and still_open and planned.offered == source.tensors:
+            return ""
+        self._packer = None
+        return self._fleet.plan(source.tensors, self._bucket_bytes).to_json()
+
+    def plan_again(self, plan: PushPlan) -> None:
+        """For what is quantized already. Raises: SessionLostError: the servers that are left want something else."""
+        self._fleet.survey()
+        if self._fleet.plan(plan.offered, self._bucket_bytes).layout.plan_hash != plan.layout.plan_hash:
+            raise SessionLostError("the servers want other tensors than before: push again")
+
+    def begin(self, version: int | None) -> None:
+        self._keeper.begin()
+        self._version = self._newest + 1 if version is None else version
+        self._fleet.begin(self._version)
+
+    def pack(self, plan: PushPlan, bucket: Bucket, weights: dict[str, torch.Tensor]) -> torch.Tensor:
+        if self._packer is None:
+            self._packer = Packer(plan.layout, self._config, next(iter(weights.values())).device)
+        if bucket.index == 0:
+            self._packer.begin()
+        packed = self._packer.pack(bucket, weights)
+        if self._fleet.checks_first:
+            self._packer.check_finite()
+        return packed
+
+    def pack_into(
+        self, packed: list[torch.Tensor], plan: PushPlan, bucket: Bucket, weights: dict[str, torch.Tensor]
+    ) -> None:
+        """Quantize into a buffer of its own, complete on return: another thread reads it, on another stream."""
+        packed.append(self.pack(plan, bucket, weights).clone())
+        if packed[-1].is_cuda:
+            torch.cuda.current_stream(packed[-1].device).synchronize()
+
+    def send(self, packed: torch.Tensor, index: int) -> None:
+        self._keeper.note(packed)
+        self._fleet.send(packed, index)
+
+    def check_finite(self) -> None:
+        assert self._packer is not None
+        self._packer.check_finite()
+
+    def verify(self) -> None:
+        self.check_finite()
+        self._fleet.verify()
+
+    def commit(self) -> None:
+        self._skew_s = self._fleet.commit()
+
+    def report(self, plan: PushPlan, clock: PhaseClock) -> str:
+        """After the commit."""
+        self._keeper.committed(self._version, plan)
+        report = PushReport(
+            version=self._version,
+            num_tensors=len(plan.layout.tensors),
+            num_quantized=plan.num_quantized,
+            num_buckets=len(plan.layout.buckets),
+            bf16_bytes=plan.bf16_bytes,
+            wire_bytes=plan.layout.num_bytes,
+            seconds=clock.seconds(),
+            skew_s=self._skew_s,
+            stood_still_s=self._fleet.stood_still_s,
+            staging=self._fleet.staging,
+            servers=self._fleet.names,
+            left_out=self._fleet.left_out,
+        )
+        return report.model_dump_json()
+
+    def fail(self, failure: BaseException) -> None:
+        self._fleet.fail(failure)
+        self.end()
+
+    def end(self) -> None:
+        """Servers that were left out are tried again; others may have their turn."""
+        self._fleet.end_push()
+        self._turns.end_push()
