@@ -25,8 +25,6 @@ from shared.errors import ConfigError, Fp8SyncError
 
 logger = logging.getLogger(__name__)
 
-MAX_BODY_BYTES = 64 << 20
-
 # What a fenced server still answers: what one needs to see, drain, stop or heal it. Nothing here runs the model.
 _OPEN_WHILE_FENCED = {
     wire.CONTROL_PATH,
@@ -198,12 +196,12 @@ class Control:
 
 
 async def _body(request: Request) -> bytes:
-    """Raises: ConfigError: more than `MAX_BODY_BYTES`."""
+    """Raises: ConfigError: more than `wire.MAX_BODY_BYTES`."""
     parts, size = [], 0
     async for part in request.stream():
         size += len(part)
-        if size > MAX_BODY_BYTES:
-            raise ConfigError(f"a control message of more than {MAX_BODY_BYTES} bytes")
+        if size > wire.MAX_BODY_BYTES:
+            raise ConfigError(f"a control message of more than {wire.MAX_BODY_BYTES} bytes")
         parts.append(part)
     return b"".join(parts)
 

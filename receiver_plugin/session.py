@@ -69,7 +69,7 @@ class Session:
     """`join` opens this rank's half of the data plane; it may block."""
 
     def __init__(self, opened: Open, layout: Layout, staging: Staging, join: Callable[[], ReceiveHalf]) -> None:
-        self.id, self.sender = opened.session, opened.sender
+        self.id, self.sender, self._secret = opened.session, opened.sender, opened.rendezvous.secret
         self._staging: Staging | None = staging
         self.transfer: Transfer | None = None
         self._ended = "never begun"
@@ -151,7 +151,8 @@ class Session:
                 for bucket in self._layout.buckets:
                     arrived = self.staging.bucket[: bucket.num_bytes]
                     plane.receive(arrived, transfer.remaining_s())
-                    transfer.digests.append(digest(arrived, key=bucket.index))
+                    found = digest(arrived, secret=self._secret, version=transfer.version, bucket=bucket.index)
+                    transfer.digests.append(found)
                     self.staging.scatter(bucket.index)
         except Fp8SyncError as error:
             return str(error)

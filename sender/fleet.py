@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
-from packaging.version import Version
+from packaging.version import InvalidVersion, Version
 from pydantic import BaseModel
 
 from sender.control import ControlClient
@@ -28,11 +28,14 @@ from shared.errors import (
     PushError,
     ServerUnreachableError,
     SessionLostError,
+    StaleVersionError,
     TransferError,
 )
 from shared.planes import SendHalf
 from shared.planes.distributed import GroupSender
 from shared.planes.memory import MemoryPlane
+from shared.planes.signing import new_secret
+from shared.planes.sockets import SocketSender
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +76,7 @@ class Fleet:
         self._pool = ThreadPoolExecutor(max_workers=len(self._servers), thread_name_prefix="fp8sync-control")
         self._incarnations: dict[str, str] = {}
         self._plane: SendHalf | None = None
-        self._session = ""
+        self._session = self._secret = ""
         self._silent: set[str] = set()  # servers that are not told that the session ends: they did not answer
         self._closed = False
         self._version = self._newest = 0
@@ -114,17 +117,21 @@ class Fleet:
         return plan
 
     def _open(self, plan: PushPlan) -> None:
-        self._session = secrets.token_hex(16)
+        self._session, self._secret = secrets.token_hex(16), new_secret()
         hosts = [server.local_host() for server in self._servers]
         host = next((h for h in hosts if not ipaddress.ip_address(h).is_loopback), hosts[0])  # reached from everywhere
-        plane = GroupSender(host, self._timeout_s) if self._plane_name == "gloo" else None
+        plane: SocketSender | GroupSender | None = None
+        if self._plane_name != "memory":
+            plane = (GroupSender if self._plane_name == "gloo" else SocketSender)(host, self._timeout_s)
+        key = secrets.token_hex(8)
         first_ranks = [sum(self._num_ranks[:index]) for index in range(len(self._servers))]
         rendezvous = [
             wire.Rendezvous(
                 plane=self._plane_name,
                 host=host,
                 port=plane.port if plane else 0,
-                key=f"fp8sync/{self._session}",
+                key=key,
+                secret=self._secret,
                 world_size=1 + sum(self._num_ranks),
                 first_rank=first,
                 timeout_s=min(self._timeout_s, _JOIN_TIMEOUT_S),
@@ -151,6 +158,8 @@ class Fleet:
     # Every push
 
     def begin(self, version: int) -> None:
+        if not 0 <= version <= wire.MOST_VERSION:
+            raise StaleVersionError(f"{version} is no version: they end at {wire.MOST_VERSION}")
         self._version, self._digests = version, []
         self._each(wire.Begin(session=self._session, version=version, deadline_s=self._timeout_s))
 
@@ -158,8 +167,8 @@ class Fleet:
         """Send flat uint8 `bucket`; the buffer may be reused on return."""
         if self._plane is None:
             raise SessionLostError("the data plane is closed: push again")
-        self._digests.append(digest(bucket, key=index))
-        self._plane.send(bucket)
+        self._digests.append(digest(bucket, secret=self._secret, version=self._version, bucket=index))
+        self._plane.send(bucket, self._digests[-1])
 
     def verify(self) -> None:
         """Return when every rank of every server holds every byte as it was sent."""
@@ -296,7 +305,11 @@ def _check_info(name: str, info: Any, config: wire.FP8BlockConfig) -> None:
         raise IncompatibleServerError(
             f"{name} speaks protocol {info.protocol}, this sender {wire.PROTOCOL_VERSION}: install one fp8sync on both"
         )
-    if Version(info.sglang_version) < Version(wire.MIN_SGLANG_VERSION):
+    try:
+        too_old = Version(info.sglang_version) < Version(wire.MIN_SGLANG_VERSION)
+    except InvalidVersion as error:
+        raise IncompatibleServerError(f"{name} runs an SGLang without a version number: {error}") from error
+    if too_old:
         raise IncompatibleServerError(
             f"{name} runs SGLang {info.sglang_version}, older than {wire.MIN_SGLANG_VERSION}, the oldest supported"
         )

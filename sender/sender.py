@@ -48,7 +48,7 @@ class FP8Sender:
             start over on the new weights from what they have generated so far, `abort` ends them.
         strict: of several servers none commits unless all have drained and said that they can, and none admits a
             request before all have committed.
-        plane: the data plane, `gloo`; `memory` is for tests in one process.
+        plane: the data plane: `tcp`, `gloo` (a tree of copies, on a network of your own), or `memory` for tests.
         ca_file: certificates (PEM) that `https` servers are checked against, in place of the system's.
     """
 
@@ -63,7 +63,7 @@ class FP8Sender:
         timeout_s: float = 300.0,
         in_flight: InFlight = "wait",
         strict: bool = False,
-        plane: PlaneName = "gloo",
+        plane: PlaneName = "tcp",
         ca_file: str | None = None,
     ) -> None:
         if isinstance(servers, str) or not servers:

@@ -19,7 +19,6 @@ from starlette.routing import Route, WebSocketRoute
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from receiver_plugin import http
 from receiver_plugin.http import Control, Gate
 from shared import errors, protocol
 from shared.protocol import CONTROL_PATH, INFO_PATH
@@ -185,7 +184,7 @@ def refusing(error: Exception, kind: str | None = None) -> Callable[[Any], proto
         b'{"kind":"close"}',
         b'{"kind":"close","session":"s","extra":1}',
         b'{"kind":"close","session":7}',
-        b'{"kind":"describe","protocol":3}',
+        b'{"kind":"describe","protocol":4}',
     ],
 )
 def test_what_is_no_message_goes_nowhere(body: bytes) -> None:
@@ -200,11 +199,11 @@ def test_what_is_no_message_goes_nowhere(body: bytes) -> None:
 
 def test_a_body_that_is_too_large_goes_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
     server = Server()
-    body = protocol.Close(session="s" * 1000).model_dump_json().encode()
-    monkeypatch.setattr(http, "MAX_BODY_BYTES", len(body) - 1)
+    body = protocol.Close(session="s" * 200).model_dump_json().encode()
+    monkeypatch.setattr(protocol, "MAX_BODY_BYTES", len(body) - 1)
     assert "more than" in server.client.post(CONTROL_PATH, content=body).json()["error"]["message"]
     assert server.channel.events == []
-    monkeypatch.setattr(http, "MAX_BODY_BYTES", len(body))
+    monkeypatch.setattr(protocol, "MAX_BODY_BYTES", len(body))
     assert server.send(body)[0] == 200
 
 

@@ -24,7 +24,7 @@ from shared.protocol import (
 )
 
 # Golden bytes. To change one of these literals is to raise PROTOCOL_VERSION.
-GOLDEN_VERSION = 2
+GOLDEN_VERSION = 3
 
 OFFER = Offer(
     config=FP8BlockConfig(scale_fmt="ue8m0", modules_to_not_convert=("lm_head",)),
@@ -34,7 +34,7 @@ OFFER = Offer(
     ),
 )
 OFFER_BYTES = (
-    b'{"kind":"offer","protocol":2,"config":{"block_size":[128,128],"dtype":"float8_e4m3fn","scale_fmt":"ue8m0",'
+    b'{"kind":"offer","protocol":3,"config":{"block_size":[128,128],"dtype":"float8_e4m3fn","scale_fmt":"ue8m0",'
     b'"zero_scale":"one","modules_to_not_convert":["lm_head"]},"tensors":[{"name":"a.weight","shape":[130,64],'
     b'"dtype":"bfloat16"},{"name":"norm.weight","shape":[64],"dtype":"float16"}]}'
 )
@@ -46,13 +46,23 @@ OPEN = Open(
     plan_hash="beef",
     bucket_bytes=1 << 20,
     rendezvous=Rendezvous(
-        plane="gloo", host="10.0.0.1", port=29500, key="fp8sync/5e55", world_size=5, first_rank=2, timeout_s=30.0
+        plane="tcp",
+        host="10.0.0.1",
+        port=29500,
+        key="4ey",
+        secret="5e" * 32,
+        world_size=5,
+        first_rank=2,
+        timeout_s=30.0,
     ),
 )
 OPEN_BYTES = (
     b'{"kind":"open","sender":"host-0a","session":"5e55","incarnation":"1nc","plan_hash":"beef","bucket_bytes":1048576,'
-    b'"rendezvous":{"plane":"gloo","host":"10.0.0.1","port":29500,"key":"fp8sync/5e55","world_size":5,"first_rank":2,'
-    b'"timeout_s":30.0}}'
+    b'"rendezvous":{"plane":"tcp","host":"10.0.0.1","port":29500,"key":"4ey","secret":"'
+    + b"5e"
+    * 32
+    + b'","world_size":5,'
+    b'"first_rank":2,"timeout_s":30.0}}'
 )
 
 MANIFEST = (
@@ -90,7 +100,7 @@ FIELDS = {
     "Probe": "kind",
     "Reply": "state version fence error info manifest plan_hash probe",
     "WireError": "kind message problems",
-    "Rendezvous": "plane host port key world_size first_rank timeout_s",
+    "Rendezvous": "plane host port key secret world_size first_rank timeout_s",
     "TensorSpec": "name shape dtype",
     "ManifestTensor": "name shape dtype quantized",
     "FP8BlockConfig": "block_size dtype scale_fmt zero_scale modules_to_not_convert",
@@ -150,13 +160,13 @@ def test_messages_decode_to_what_they_were() -> None:
     ],
 )
 def test_what_is_no_message_is_refused(data: bytes) -> None:
-    with pytest.raises(errors.ConfigError, match="not a control message of protocol 2"):
+    with pytest.raises(errors.ConfigError, match="not a control message of protocol 3"):
         decode_message(data)
 
 
 @pytest.mark.parametrize("data", [changed(OFFER_BYTES, protocol=1), b'{"kind":"describe","protocol":0}'])
 def test_another_protocol_version_is_named(data: bytes) -> None:
-    with pytest.raises(errors.IncompatibleServerError, match=r"speaks protocol \d, this server 2"):
+    with pytest.raises(errors.IncompatibleServerError, match=r"speaks protocol \d, this server 3"):
         decode_message(data)
 
 

@@ -49,11 +49,12 @@ class Spoiling:
     def __init__(self, inner: ReceiveHalf, rank: int, spoilt: list[int]) -> None:
         self._inner, self._rank, self._spoilt = inner, rank, spoilt
 
-    def receive(self, bucket: torch.Tensor, timeout_s: float) -> None:
-        self._inner.receive(bucket, timeout_s)
+    def receive(self, bucket: torch.Tensor, timeout_s: float) -> int:
+        digest = self._inner.receive(bucket, timeout_s)
         if self._rank in self._spoilt:
             self._spoilt.remove(self._rank)
             bucket[7] ^= 1
+        return digest
 
     def close(self) -> None:
         self._inner.close()

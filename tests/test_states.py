@@ -40,7 +40,7 @@ class Rig:
         plan = self.sender.prepare(Trainer())
         self._fleet, self._session = self.sender._fleet, self.sender._fleet._session
         buckets = [torch.zeros(bucket.num_bytes, dtype=torch.uint8) for bucket in plan.layout.buckets]
-        self._buckets, self._digests = buckets, tuple(digest(b, key=index) for index, b in enumerate(buckets))
+        self._buckets = buckets
         self._version, self.arrived = 0, False
 
     def _tell(self, message: BaseModel) -> None:
@@ -64,15 +64,18 @@ class Rig:
             return
         assert self._fleet._plane is not None
         for bucket in self._buckets:
-            self._fleet._plane.send(bucket)
+            self._fleet._plane.send(bucket, 0)
         assert session.transfer.done.wait(10.0)
         self.arrived = True
 
     def verify(self) -> None:
-        self._tell(protocol.Verify(session=self._session, version=self._version, digests=self._digests))
+        secret, version = self._fleet._secret, self._version
+        numbered = enumerate(self._buckets)
+        digests = tuple(digest(data, secret=secret, version=version, bucket=index) for index, data in numbered)
+        self._tell(protocol.Verify(session=self._session, version=self._version, digests=digests))
 
     def verify_other_digests(self) -> None:
-        self._tell(protocol.Verify(session=self._session, version=self._version, digests=(1,) * len(self._digests)))
+        self._tell(protocol.Verify(session=self._session, version=self._version, digests=(1,) * len(self._buckets)))
 
     def commit(self) -> None:
         self._tell(protocol.Commit(session=self._session, version=self._version, drain_s=5.0))

@@ -13,27 +13,31 @@ from shared.protocol import Rendezvous
 
 
 class SendHalf(Protocol):
-    def send(self, bucket: torch.Tensor) -> None:
-        """Send `bucket` (flat uint8) to every receiver. On return the buffer may be reused."""
+    def send(self, bucket: torch.Tensor, digest: int) -> None:
+        """Send `bucket` (flat uint8) to every receiver, its digest ahead. On return the buffer may be reused."""
 
     def close(self) -> None:
         """Leave the plane; a receiver that still waits gets an error. Idempotent."""
 
 
 class ReceiveHalf(Protocol):
-    def receive(self, bucket: torch.Tensor, timeout_s: float) -> None:
-        """Fill `bucket` (flat uint8, of the size that was sent)."""
+    def receive(self, bucket: torch.Tensor, timeout_s: float) -> int:
+        """Fill `bucket` (flat uint8, of the size that was sent). Returns the digest that was sent ahead of it."""
 
     def close(self) -> None:
         """Leave the plane. Idempotent."""
 
 
 def open_receiver(rendezvous: Rendezvous, rank: int) -> ReceiveHalf:
-    """Join as receiver number `rank` (0 is the first rank of the first server); blocks until all have joined."""
+    """Join as receiver number `rank` (0 is the first rank of the first server); may block until all have joined."""
     if rendezvous.plane == "memory":
         from shared.planes.memory import MemoryReceiver
 
         return MemoryReceiver(rendezvous, rank)
+    if rendezvous.plane == "tcp":
+        from shared.planes.sockets import SocketReceiver
+
+        return SocketReceiver(rendezvous, rank)
     from shared.planes.distributed import GroupReceiver
 
     return GroupReceiver(rendezvous, rank)

@@ -20,7 +20,10 @@ _lock = threading.Lock()
 
 
 class MemoryPlane:
-    """The sending half. `on_send(index, bucket)` yields the buckets that really travel (default: the one given)."""
+    """The sending half. `on_send(index, bucket)` yields the buckets that really travel (default: the one given).
+
+    The digest that goes ahead is that of the bucket that was given.
+    """
 
     def __init__(
         self,
@@ -30,16 +33,18 @@ class MemoryPlane:
         self._key = rendezvous.key
         self._on_send = on_send
         self._num_sent = 0
-        self.queues: list[queue.Queue[torch.Tensor | None]] = [queue.Queue() for _ in range(rendezvous.world_size - 1)]
+        self.queues: list[queue.Queue[tuple[torch.Tensor, int] | None]] = [
+            queue.Queue() for _ in range(rendezvous.world_size - 1)
+        ]
         with _lock:
             _planes[self._key] = self
 
-    def send(self, bucket: torch.Tensor) -> None:
+    def send(self, bucket: torch.Tensor, digest: int) -> None:
         buckets = (bucket,) if self._on_send is None else tuple(self._on_send(self._num_sent, bucket.clone()))
         self._num_sent += 1
         for travelling in buckets:
             for receiver in self.queues:
-                receiver.put(travelling.clone())
+                receiver.put((travelling.clone(), digest))
 
     def close(self) -> None:
         with _lock:
@@ -58,16 +63,18 @@ class MemoryReceiver:
             raise TransferError(f"no sender holds the in-memory plane {rendezvous.key}")
         self._queue = plane.queues[rank]
 
-    def receive(self, bucket: torch.Tensor, timeout_s: float) -> None:
+    def receive(self, bucket: torch.Tensor, timeout_s: float) -> int:
         try:
-            arrived = self._queue.get(timeout=timeout_s)
+            item = self._queue.get(timeout=timeout_s)
         except queue.Empty:
             raise TransferError(f"no bucket arrived within {timeout_s:.1f} s") from None
-        if arrived is None:
+        if item is None:
             raise TransferError("the sender closed the data plane")
+        arrived, digest = item
         if arrived.numel() != bucket.numel():
             raise TransferError(f"a bucket of {arrived.numel()} bytes arrived, expected {bucket.numel()}")
         bucket.copy_(arrived)
+        return digest
 
     def close(self) -> None:
         """Nothing is held."""

@@ -118,10 +118,11 @@ class FaultyHalf:
         self._tripwire, self._place = tripwire, (server, rank)
         self._inner = open_receiver(rendezvous, number)
 
-    def receive(self, bucket: torch.Tensor, timeout_s: float) -> None:
+    def receive(self, bucket: torch.Tensor, timeout_s: float) -> int:
         self._tripwire.at("receive", *self._place)
-        self._inner.receive(bucket, timeout_s)
+        digest = self._inner.receive(bucket, timeout_s)
         self._tripwire.at("received", *self._place, bucket)
+        return digest
 
     def close(self) -> None:
         self._inner.close()

@@ -58,11 +58,11 @@ class WatchedPlane:
         self._inner, self._tripwire, self._num_sent = inner, tripwire, 0
         self.on_send: OnSend = lambda index, bucket: (bucket,)
 
-    def send(self, bucket: torch.Tensor) -> None:
+    def send(self, bucket: torch.Tensor, digest: int) -> None:
         self._tripwire.at("send", 0)
         index, self._num_sent = self._num_sent, self._num_sent + 1
         for travelling in self.on_send(index, bucket):
-            self._inner.send(travelling)
+            self._inner.send(travelling, digest)
 
     def close(self) -> None:
         self._inner.close()
