@@ -42,8 +42,8 @@ def digest(data: torch.Tensor, *, secret: str, version: int, bucket: int, first_
     words = data.view(torch.int32)
     if not words.numel():
         return 0
-    table, sums, done = _table(secret, data.device), [], 0
-    first_page = first_word // _PAGE_WORDS
+    first_page, at = divmod(first_word, _PAGE_WORDS)
+    table, sums, done = _table(secret, data.device, _at_least(min(at + words.numel(), _PAGE_WORDS))), [], 0
     while done < words.numel():
         at = (first_word + done) % _PAGE_WORDS
         num = min(_PAGE_WORDS - at, words.numel() - done)
@@ -59,10 +59,14 @@ def _dot(words: torch.Tensor, multipliers: torch.Tensor) -> torch.Tensor:
     return (words * multipliers).sum()
 
 
+def _at_least(num: int) -> int:
+    return 1 << (num - 1).bit_length()
+
+
 @lru_cache(maxsize=4)
-def _table(secret: str, device: torch.device) -> torch.Tensor:
-    """[_PAGE_WORDS] int64, odd."""
-    return _odd(bytes.fromhex(secret), "fp8sync digest words", _PAGE_WORDS).to(device)
+def _table(secret: str, device: torch.device, num: int) -> torch.Tensor:
+    """[num] int64, odd: the first ones of a page, as many as a bucket needs."""
+    return _odd(bytes.fromhex(secret), "fp8sync digest words", num).to(device)
 
 
 def _page_multipliers(secret: str, version: int, bucket: int, first: int, num: int) -> torch.Tensor:
