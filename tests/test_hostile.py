@@ -293,6 +293,50 @@ def test_the_secret_is_in_no_text() -> None:
     assert SECRET[:-1] not in str(caught.value)
 
 
+# ---- a server that says something else than it should
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "error"),
+    [
+        ("describe", lambda reply: info_with(reply, sglang_version="latest"), errors.IncompatibleServerError),
+        (
+            "describe",
+            lambda reply: reply.model_copy(update={"version": protocol.MOST_VERSION}),
+            errors.StaleVersionError,
+        ),
+        ("offer", lambda reply: manifest_of(reply, slice(1, None)), errors.PlanError),
+        ("offer", lambda reply: manifest_of(reply, slice(None, None, -1)), errors.PlanError),
+        ("offer", lambda reply: manifest_with(reply, shape=(1,)), errors.PlanError),
+        ("offer", lambda reply: manifest_with(reply, dtype="float32"), errors.PlanError),
+    ],
+)
+def test_a_server_that_lies_is_named(
+    kind: str, change: Callable[[protocol.Reply], protocol.Reply], error: type[errors.Fp8SyncError]
+) -> None:
+    server = Server()
+    handle = server.control._handle
+    server.control._handle = lambda message: change(handle(message)) if message.kind == kind else handle(message)
+    with FP8Sender([server.control], plane="memory", timeout_s=2.0) as sender, pytest.raises(error):
+        sender.push(Trainer())
+
+
+def info_with(reply: protocol.Reply, **fields: Any) -> protocol.Reply:
+    assert reply.info is not None
+    return reply.model_copy(update={"info": reply.info.model_copy(update=fields)})
+
+
+def manifest_of(reply: protocol.Reply, part: slice) -> protocol.Reply:
+    assert reply.manifest is not None
+    return reply.model_copy(update={"manifest": reply.manifest[part]})
+
+
+def manifest_with(reply: protocol.Reply, **fields: Any) -> protocol.Reply:
+    assert reply.manifest is not None
+    first, *others = reply.manifest
+    return reply.model_copy(update={"manifest": (first.model_copy(update=fields), *others)})
+
+
 # ---- the store of the gloo plane
 
 
