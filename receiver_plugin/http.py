@@ -26,7 +26,6 @@ from shared.errors import ConfigError, Fp8SyncError
 
 logger = logging.getLogger(__name__)
 
-MAX_BODY_BYTES = 64 << 20
 _PROMISE_SLACK_S = 60.0  # for the schedulers' own time to answer, once requests have ended
 
 # What a fenced server still answers: what one needs to see, drain, stop or heal it. Nothing here runs the model.
@@ -265,12 +264,12 @@ def _still_promised(message: wire.Commit, hold_s: float) -> wire.Prepare:
 
 
 async def _body(request: Request) -> bytes:
-    """Raises: ConfigError: more than `MAX_BODY_BYTES`."""
+    """Raises: ConfigError: more than `wire.MAX_BODY_BYTES`."""
     parts, size = [], 0
     async for part in request.stream():
         size += len(part)
-        if size > MAX_BODY_BYTES:
-            raise ConfigError(f"a control message of more than {MAX_BODY_BYTES} bytes")
+        if size > wire.MAX_BODY_BYTES:
+            raise ConfigError(f"a control message of more than {wire.MAX_BODY_BYTES} bytes")
         parts.append(part)
     return b"".join(parts)
 

@@ -20,6 +20,7 @@ import torch
 
 from receiver_plugin.staging import Staging
 from shared.buckets import Layout
+from shared.digest import digest
 from shared.errors import Fp8SyncError, PushError, TransferError
 from shared.planes import ReceiveHalf
 from shared.protocol import Open, StagingWay
@@ -104,7 +105,7 @@ class Session:
         stage: Callable[[], Staging],
         join: Callable[[], ReceiveHalf],
     ) -> None:
-        self.id, self.sender = opened.session, opened.sender
+        self.id, self.sender, self._secret = opened.session, opened.sender, opened.rendezvous.secret
         self.way, self._stage = way, stage
         self.exclusive = way != "reserved"  # its transfers use what requests use
         self._staging: Staging | None = None if self.exclusive else stage()
@@ -235,6 +236,10 @@ class Session:
                 self._wake.wait(left)
             self._staging = None
 
+    def _digest(self, version: int) -> Callable[[torch.Tensor, int], int]:
+        """What takes the digest of a bucket, by its index."""
+        return lambda data, bucket: digest(data, secret=self._secret, version=version, bucket=bucket)
+
     def _receive(self, plane: ReceiveHalf, transfer: Transfer) -> str | None:
         staging = transfer.staging
         device = staging.bucket.device
@@ -246,7 +251,7 @@ class Session:
                     with transfer.writing:
                         transfer.check_wanted()
                         try:
-                            transfer.digests.append(staging.accept(bucket.index, sent))
+                            transfer.digests.append(staging.accept(bucket.index, sent, self._digest(transfer.version)))
                         finally:
                             if stream is not None:
                                 stream.synchronize()  # on errors, too: who takes the lock next may free the memory

@@ -12,7 +12,7 @@ parameters are cut wherever one ends. A room without an image has the live param
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,7 +25,6 @@ from receiver_plugin.rooms import Need, Room, aligned, own_room
 from receiver_plugin.windows import View
 from shared.buckets import Layout, Slot
 from shared.coverage import Box
-from shared.digest import digest
 from shared.errors import TransferError
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -110,13 +109,13 @@ class Staging:
                     of.append(part)
         return to, of
 
-    def accept(self, index: int, sent: int) -> int:
+    def accept(self, index: int, sent: int, digest: Callable[[torch.Tensor, int], int]) -> int:
         """Take bucket `index`, which lies in `self.bucket`, and return its digest. `sent`: the one sent ahead of it.
 
         Raises:
             TransferError: in place, the bytes are not those that were sent; none of them was written.
         """
-        found = digest(self.bucket[: self._layout.buckets[index].num_bytes], key=index)
+        found = digest(self.bucket[: self._layout.buckets[index].num_bytes], index)
         if self._in_place and found != sent:
             raise TransferError(f"the bytes of bucket(s) [{index}] are not those that were sent")
         self.scatter(index)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ssl
+import time
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Protocol
@@ -18,7 +19,7 @@ from shared.errors import (
     UnauthorizedError,
     error_from_wire,
 )
-from shared.protocol import CONTROL_PATH, Reply, decode_message
+from shared.protocol import CONTROL_PATH, MAX_BODY_BYTES, Reply, decode_message
 
 
 class ControlClient(Protocol):
@@ -45,7 +46,7 @@ class HttpControl:
         if parsed.path not in ("", "/"):
             raise ConfigError(f"{url!r} has a path: give http://host:port alone")
         self.name = url.rstrip("/")
-        headers = {"Authorization": f"Bearer {admin_key}"} if admin_key else {}
+        headers = {"Accept-Encoding": "identity", **({"Authorization": f"Bearer {admin_key}"} if admin_key else {})}
         self._host, self._port = parsed.host, parsed.port or (443 if parsed.scheme == "https" else 80)
         verify = ssl.create_default_context(cafile=ca_file) if parsed.scheme == "https" else True
         self._client = httpx.Client(base_url=self.name, headers=headers, trust_env=False, verify=verify)
@@ -59,14 +60,15 @@ class HttpControl:
         self.close()
 
     def call(self, message: BaseModel, timeout_s: float) -> Reply:
-        body = message.model_dump_json().encode()
+        body, deadline = message.model_dump_json().encode(), time.monotonic() + timeout_s
         try:
-            response = self._client.post(CONTROL_PATH, content=body, timeout=timeout_s)
+            with self._client.stream("POST", CONTROL_PATH, content=body, timeout=timeout_s) as response:
+                answer = _body(self.name, response, deadline, timeout_s)
         except httpx.TimeoutException as error:
             raise ServerUnreachableError(f"{self.name} did not answer within {timeout_s:.0f} s") from error
-        except httpx.HTTPError as error:
+        except (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL, UnicodeError) as error:
             raise ServerUnreachableError(f"{self.name} cannot be reached: {error}") from error
-        return _read(self.name, response)
+        return _read(self.name, response.status_code, answer)
 
     def local_host(self) -> str:
         from shared.planes.distributed import local_address_toward
@@ -88,7 +90,7 @@ class InProcessControl:
 
     def call(self, message: BaseModel, timeout_s: float) -> Reply:
         reply = self._handle(decode_message(message.model_dump_json()))
-        return _checked(self.name, Reply.model_validate_json(reply.model_dump_json()))
+        return checked(self.name, Reply.model_validate_json(reply.model_dump_json()))
 
     def local_host(self) -> str:
         return "127.0.0.1"
@@ -97,20 +99,32 @@ class InProcessControl:
         """Nothing is held."""
 
 
-def _read(name: str, response: httpx.Response) -> Reply:
-    if response.status_code in (401, 403):
+def _body(name: str, response: httpx.Response, deadline: float, timeout_s: float) -> bytes:
+    """As it came, not decompressed; httpx itself bounds neither its size nor the time that all of it takes."""
+    answer = bytearray()
+    for part in response.iter_raw():
+        answer += part
+        if len(answer) > MAX_BODY_BYTES:
+            raise PushError(f"{name} answered with more than {MAX_BODY_BYTES} bytes")
+        if time.monotonic() > deadline:
+            raise ServerUnreachableError(f"{name} did not answer whole within {timeout_s:.0f} s")
+    return bytes(answer)
+
+
+def _read(name: str, status: int, answer: bytes) -> Reply:
+    if status in (401, 403):
         raise UnauthorizedError(f"{name} refused the admin key: give FP8Sender(admin_key=...) its --admin-api-key")
-    if response.status_code == 404:
+    if status == 404:
         raise IncompatibleServerError(f"{name} has no fp8sync: start it with --load-plugin fp8sync")
     try:
-        reply = Reply.model_validate_json(response.content)
+        reply = Reply.model_validate_json(answer)
     except ValidationError as error:
-        text = response.text[:200]
-        raise PushError(f"{name} answered HTTP {response.status_code} with no reply of ours: {text!r}") from error
-    return _checked(name, reply)
+        text = answer[:200].decode(errors="replace")
+        raise PushError(f"{name} answered HTTP {status} with no reply of ours: {text!r}") from error
+    return checked(name, reply)
 
 
-def _checked(name: str, reply: Reply) -> Reply:
+def checked(name: str, reply: Reply) -> Reply:
     if reply.error is not None:
         raise error_from_wire(reply.error.kind, f"{name}: {reply.error.message}", reply.error.problems)
     return reply

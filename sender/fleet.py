@@ -24,10 +24,12 @@ from sender.transaction import Transaction
 from shared import protocol as wire
 from shared.buckets import make_layout
 from shared.digest import digest
-from shared.errors import ConfigError, Fp8SyncError, PushError, SessionLostError, TransferError
+from shared.errors import ConfigError, Fp8SyncError, PushError, SessionLostError, StaleVersionError, TransferError
 from shared.planes import SendHalf
 from shared.planes.distributed import GroupSender
 from shared.planes.memory import MemoryPlane
+from shared.planes.signing import new_secret
+from shared.planes.sockets import SocketSender
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +68,7 @@ class Fleet:
         self._name = f"{socket.gethostname()}-{secrets.token_hex(4)}"
         self._incarnations: dict[str, str] = {}
         self._plane: SendHalf | None = None
-        self._session = ""
+        self._session = self._secret = ""
         self._doors = Doors(self._servers, timeout_s, in_flight)
         self.staging: dict[str, wire.StagingWay] = {}  # of each server, since the session was opened
         self._in_session: frozenset[str] = frozenset()  # the servers of the session
@@ -164,17 +166,22 @@ class Fleet:
         return plan
 
     def _open(self, plan: PushPlan) -> None:
-        self._session, self._in_session = secrets.token_hex(16), frozenset(self.names)
+        self._session, self._secret = secrets.token_hex(16), new_secret()
+        self._in_session = frozenset(self.names)
         hosts = [server.local_host() for server in self._servers.clients]
         host = next((h for h in hosts if not ipaddress.ip_address(h).is_loopback), hosts[0])  # reached from everywhere
-        plane = GroupSender(host, self._timeout_s) if self._plane_name == "gloo" else None
+        plane: SocketSender | GroupSender | None = None
+        if self._plane_name != "memory":
+            plane = (GroupSender if self._plane_name == "gloo" else SocketSender)(host, self._timeout_s)
+        key = secrets.token_hex(8)
         first_ranks = [sum(self._num_ranks[:index]) for index in range(len(self._servers))]
         rendezvous = [
             wire.Rendezvous(
                 plane=self._plane_name,
                 host=host,
                 port=plane.port if plane else 0,
-                key=f"fp8sync/{self._session}",
+                key=key,
+                secret=self._secret,
                 world_size=1 + sum(self._num_ranks),
                 first_rank=first,
                 timeout_s=min(self._timeout_s, _JOIN_TIMEOUT_S),
@@ -206,6 +213,8 @@ class Fleet:
 
     def begin(self, version: int) -> None:
         """From here on every server receives. Those that stage where requests run are drained first, and stay shut."""
+        if not 0 <= version <= wire.MOST_VERSION:
+            raise StaleVersionError(f"{version} is no version: they end at {wire.MOST_VERSION}")
         self._version, self._digests = version, []
         self._doors.begin()
         held = [name for name in self.names if self.staging[name] != "reserved"]
@@ -218,7 +227,7 @@ class Fleet:
         """Send flat uint8 `bucket`; the buffer may be reused on return."""
         if self._plane is None:
             raise SessionLostError("the data plane is closed: push again")
-        self._digests.append(digest(bucket, key=index))
+        self._digests.append(digest(bucket, secret=self._secret, version=self._version, bucket=index))
         self._plane.send(bucket, self._digests[-1])
 
     def verify(self) -> None:

@@ -52,7 +52,11 @@ def agree(
     """
     problems = []
     for server, manifest in manifests.items():
+        if [(spec.name, spec.shape) for spec in offered] != [(tensor.name, tensor.shape) for tensor in manifest]:
+            raise PlanError(f"{server} answered with other tensors than it was offered: install one fp8sync on both")
         for spec, tensor in zip(offered, manifest, strict=True):
+            if tensor.dtype != ("float8_e4m3fn" if tensor.quantized else spec.dtype):
+                problems.append(f"{spec.name}: {server} wants it as {tensor.dtype}, it is sent as {spec.dtype} or FP8")
             rule = should_quantize_param(spec.name, spec.shape, config)
             if tensor.quantized != rule:
                 holds, means = ("FP8", "BF16") if tensor.quantized else ("BF16", "FP8")

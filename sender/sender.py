@@ -60,7 +60,7 @@ class FP8Sender:
             and named in the report; the next push tries them again. None: all servers or none.
         keep_snapshot: keep what the last push sent in host memory of rank 0 (`wire_bytes` of its report; twice that
             during a push), for `catch_up`.
-        plane: the data plane, `gloo`; `memory` is for tests in one process.
+        plane: the data plane: `tcp`, `gloo` (a tree of copies, on a network of your own), or `memory` for tests.
         ca_file: certificates (PEM) that `https` servers are checked against, in place of the system's.
     """
 
@@ -78,7 +78,7 @@ class FP8Sender:
         staging: StagingChoice = "auto",
         quorum: int | None = None,
         keep_snapshot: bool = False,
-        plane: PlaneName = "gloo",
+        plane: PlaneName = "tcp",
         ca_file: str | None = None,
     ) -> None:
         check_servers(servers, quorum)

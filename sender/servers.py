@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from packaging.version import Version
+from packaging.version import InvalidVersion, Version
 from pydantic import BaseModel
 
 from sender.control import ControlClient
@@ -171,7 +171,11 @@ def check_info(name: str, info: Any, config: wire.FP8BlockConfig, in_flight: wir
         raise IncompatibleServerError(
             f"{name} speaks protocol {info.protocol}, this sender {wire.PROTOCOL_VERSION}: install one fp8sync on both"
         )
-    if Version(info.sglang_version) < Version(wire.MIN_SGLANG_VERSION):
+    try:
+        too_old = Version(info.sglang_version) < Version(wire.MIN_SGLANG_VERSION)
+    except InvalidVersion as error:
+        raise IncompatibleServerError(f"{name} runs an SGLang without a version number: {error}") from error
+    if too_old:
         raise IncompatibleServerError(
             f"{name} runs SGLang {info.sglang_version}, older than {wire.MIN_SGLANG_VERSION}, the oldest supported"
         )

@@ -16,7 +16,8 @@ Order of messages in the life of a sender (S = sender, rank 0 of the trainer; R 
                   S -> R  Abort               instead of Verify or Commit: forget v
     at the end    S -> R  Close
 
-Messages travel as JSON. Unknown fields, wrong types and other protocol versions are refused.
+Messages travel as JSON. Unknown fields, wrong types, sizes beyond the limits below and other protocol versions are
+refused. Who may send them, and what the secret in `Rendezvous` is for: docs/security.md.
 Changing a golden byte in `tests/test_protocol.py` means raising `PROTOCOL_VERSION`.
 """
 
@@ -35,7 +36,7 @@ CONTROL_PATH, INFO_PATH = "/fp8sync/control", "/fp8sync/info"
 LONGEST_DEADLINE_S = 24 * 3600.0
 
 DTypeName = Literal["bfloat16", "float16", "float32", "float8_e4m3fn"]
-PlaneName = Literal["gloo", "memory"]
+PlaneName = Literal["tcp", "gloo", "memory"]
 ServerState = Literal["FENCED", "SERVING", "RECEIVING", "STAGED", "PROMISED"]
 # What a commit does to requests under way: let them end, put them back and compute their prompts anew, or end them.
 Drain = Literal["wait", "retract", "abort"]
@@ -48,9 +49,23 @@ StagingChoice = Literal["auto", "reserved", "kv_pool", "in_place"]
 
 Seconds = Annotated[float, Field(gt=0, le=LONGEST_DEADLINE_S, allow_inf_nan=False)]
 
+# Limits, far beyond what any model needs.
+MAX_BODY_BYTES = 64 << 20
+MOST_TENSORS = 1 << 18
+_MOST_PROBLEMS_TOLD = 5
+Word = Annotated[str, Field(max_length=256)]  # an id, a host, a hash
+Text = Annotated[str, Field(max_length=1 << 14)]
+Name = Annotated[str, Field(min_length=1, max_length=1024)]  # of a tensor or a module
+Shape = Annotated[tuple[Annotated[int, Field(ge=0, le=1 << 40)], ...], Field(max_length=8)]
+MOST_VERSION = (1 << 62) - 1
+Version = Annotated[int, Field(ge=0, le=MOST_VERSION)]
+NumRanks = Annotated[int, Field(ge=1, le=1 << 16)]
+Digest = Annotated[int, Field(ge=0, lt=1 << 64)]
+Secret = Annotated[str, Field(pattern="^[0-9a-f]{64}$", repr=False)]
+
 
 class _Wire(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, hide_input_in_errors=True)
 
 
 class FP8BlockConfig(_Wire):
@@ -64,7 +79,7 @@ class FP8BlockConfig(_Wire):
     dtype: Literal["float8_e4m3fn"] = "float8_e4m3fn"
     scale_fmt: Literal["fp32", "ue8m0"] = "fp32"
     zero_scale: Literal["one", "floor"] = "one"
-    modules_to_not_convert: tuple[str, ...] = ()
+    modules_to_not_convert: Annotated[tuple[Name, ...], Field(max_length=MOST_TENSORS)] = ()
 
     def to_hf(self) -> dict[str, Any]:
         """Hugging Face's `quantization_config` for a checkpoint quantized with this configuration."""
@@ -107,8 +122,8 @@ class FP8BlockConfig(_Wire):
 class TensorSpec(_Wire):
     """A tensor as the trainer names it. `shape` is the whole (unsharded) shape, `dtype` that of the wire."""
 
-    name: str
-    shape: tuple[int, ...]
+    name: Name
+    shape: Shape
     dtype: DTypeName
 
 
@@ -119,14 +134,18 @@ class ManifestTensor(TensorSpec):
 
 
 class Rendezvous(_Wire):
-    """Where and as whom to join the data plane. Ranks of the plane: sender 0, then every server rank in order."""
+    """Where and as whom to join the data plane. Ranks of the plane: sender 0, then every server rank in order.
+
+    `key` names the plane and is no secret; `secret` (32 bytes, hex) is what a rank proves to know, of one session.
+    """
 
     plane: PlaneName
-    host: str
-    port: int
-    key: str
-    world_size: int
-    first_rank: int
+    host: Word
+    port: Annotated[int, Field(ge=0, lt=1 << 16)]
+    key: Word
+    secret: Secret
+    world_size: Annotated[int, Field(ge=2, le=1 << 20)]
+    first_rank: Annotated[int, Field(ge=0, le=1 << 20)]
     timeout_s: Seconds
 
 
@@ -139,16 +158,16 @@ class Offer(_Wire):
     kind: Literal["offer"] = "offer"
     protocol: int = PROTOCOL_VERSION
     config: FP8BlockConfig
-    tensors: tuple[TensorSpec, ...]
+    tensors: Annotated[tuple[TensorSpec, ...], Field(max_length=MOST_TENSORS)]
 
 
 class Open(_Wire):
     kind: Literal["open"] = "open"
-    sender: str
-    session: str
-    incarnation: str
-    plan_hash: str
-    bucket_bytes: int
+    sender: Word
+    session: Word
+    incarnation: Text
+    plan_hash: Word
+    bucket_bytes: Annotated[int, Field(ge=1, le=1 << 40)]
     staging: StagingChoice = "auto"
     rendezvous: Rendezvous
 
@@ -157,25 +176,25 @@ class Begin(_Wire):
     """`held`: a Hold went before, so that no request runs; servers that do not stage in `reserved` memory demand it."""
 
     kind: Literal["begin"] = "begin"
-    session: str
-    version: int
+    session: Word
+    version: Version
     deadline_s: Seconds
     held: bool = False
 
 
 class Verify(_Wire):
     kind: Literal["verify"] = "verify"
-    session: str
-    version: int
-    digests: tuple[int, ...]
+    session: Word
+    version: Version
+    digests: Annotated[tuple[Digest, ...], Field(max_length=MOST_TENSORS)]
 
 
 class Commit(_Wire):
     """`held`: a Hold went before, so that no request runs already; without it the commit drains by `in_flight`."""
 
     kind: Literal["commit"] = "commit"
-    session: str
-    version: int
+    session: Word
+    version: Version
     drain_s: Seconds
     in_flight: InFlight = "wait"
     held: bool = False
@@ -188,8 +207,8 @@ class Hold(_Wire):
     """
 
     kind: Literal["hold"] = "hold"
-    session: str
-    version: int
+    session: Word
+    version: Version
     drain_s: Seconds
     hold_s: Seconds
     in_flight: Drain
@@ -201,8 +220,8 @@ class Release(_Wire):
     """Admit requests again. What was not committed, and lies where requests would use it, is given up."""
 
     kind: Literal["release"] = "release"
-    session: str
-    version: int
+    session: Word
+    version: Version
 
 
 class Prepare(_Wire):
@@ -213,8 +232,8 @@ class Prepare(_Wire):
     """
 
     kind: Literal["prepare"] = "prepare"
-    session: str
-    version: int
+    session: Word
+    version: Version
     hold_s: Seconds = 60.0
     before: Literal["begin", "commit"] = "commit"
     in_flight: InFlight = "wait"
@@ -226,15 +245,15 @@ class Abort(_Wire):
     """Forget the push. `fence`: others have committed, so a server that promised and did not must not serve on."""
 
     kind: Literal["abort"] = "abort"
-    session: str
-    version: int
-    reason: str
+    session: Word
+    version: Version
+    reason: Text
     fence: bool = False
 
 
 class Close(_Wire):
     kind: Literal["close"] = "close"
-    session: str
+    session: Word
 
 
 class Probe(_Wire):
@@ -253,9 +272,9 @@ class ServerInfo(_Wire):
     """What a server says of itself. `cannot_keep`: why it would refuse a commit that lets requests go on."""
 
     protocol: int
-    sglang_version: str
-    incarnation: str
-    num_ranks: int
+    sglang_version: Word
+    incarnation: Text
+    num_ranks: NumRanks
     block_size: tuple[int, int] | None
     scale_fmt: Literal["fp32", "ue8m0"]
     device: str
@@ -280,7 +299,7 @@ class Reply(_Wire):
     """
 
     state: ServerState
-    version: int
+    version: Version
     fence: str | None
     exclusive: bool = False
     error: WireError | None = None
@@ -302,9 +321,16 @@ def decode_message(data: bytes | str) -> Any:
     """
     try:
         message = _MESSAGE.validate_json(data)
-    except ValidationError as error:
-        raise ConfigError(f"not a control message of protocol {PROTOCOL_VERSION}: {error}") from error
+    except ValidationError as error:  # told without what was given: there may be a secret in it
+        raise ConfigError(f"not a control message of protocol {PROTOCOL_VERSION}: {_told(error)}") from None
     if getattr(message, "protocol", PROTOCOL_VERSION) != PROTOCOL_VERSION:
         theirs = f"the sender speaks protocol {message.protocol}, this server {PROTOCOL_VERSION}"
         raise IncompatibleServerError(f"{theirs}: install one fp8sync on both")
     return message
+
+
+def _told(error: ValidationError) -> str:
+    found = error.errors(include_url=False, include_context=False, include_input=False)
+    told = [f"{'.'.join(map(str, problem['loc']))[:200]}: {problem['msg'][:200]}" for problem in found]
+    more = f"; and {len(told) - _MOST_PROBLEMS_TOLD} more" if len(told) > _MOST_PROBLEMS_TOLD else ""
+    return "; ".join(told[:_MOST_PROBLEMS_TOLD]) + more

@@ -58,10 +58,9 @@ class Demand:
             name, value = raw_name.decode("latin-1").lower(), raw.decode("latin-1").strip(" \t")
             if name not in (MIN_HEADER, EXACT_HEADER):
                 continue
-            if not _NUMBER.fullmatch(value):
-                raise ConfigError(f"{name}: {value[:40]!r} is not a whole number of at most {_MAX_DIGITS} digits")
-            if found.setdefault(name, int(value)) != int(value):
-                raise ConfigError(f"{name} is given twice, as {found[name]} and {int(value)}")
+            version = _version(name, value)
+            if found.setdefault(name, version) != version:
+                raise ConfigError(f"{name} is given twice, as {found[name]} and {version}")
         return cls(found.get(MIN_HEADER), found.get(EXACT_HEADER)) if found else None
 
 
@@ -74,9 +73,16 @@ class Versions:
 
     @classmethod
     def from_headers(cls, headers: Mapping[str, str]) -> Versions:
-        """Of a reply. `headers` must ignore case, as those of httpx and requests do."""
-        start, end = (headers.get(name) for name in (START_HEADER, END_HEADER))
-        return cls(int(start) if start else None, int(end) if end else None)
+        """Of a reply; `headers` must ignore case, as those of httpx do. Raises `ConfigError`: malformed."""
+        found = {name: headers.get(name) for name in (START_HEADER, END_HEADER)}
+        start, end = (_version(name, value) if value else None for name, value in found.items())
+        return cls(start, end)
+
+
+def _version(name: str, value: str) -> int:
+    if not _NUMBER.fullmatch(value):
+        raise ConfigError(f"{name}: {value[:40]!r} is not a whole number of at most {_MAX_DIGITS} digits")
+    return int(value)
 
 
 def end_comment(version: int) -> str:
@@ -85,6 +91,6 @@ def end_comment(version: int) -> str:
 
 
 def end_of_stream(line: str) -> int | None:
-    """The version in `line`, if it is that of `end_comment`."""
+    """The version in `line`, if it is that of `end_comment`. Raises `ConfigError`: malformed."""
     prefix = f": {END_HEADER}: "
-    return int(line[len(prefix) :]) if line.startswith(prefix) else None
+    return _version(END_HEADER, line[len(prefix) :]) if line.startswith(prefix) else None

@@ -1,4 +1,4 @@
-"""The gloo plane with real processes: sharded trainers, a server that dies, sockets and threads that stay behind."""
+"""The planes with real processes: sharded trainers, a server that dies, sockets and threads that stay behind."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from receiver_plugin.receiver import Receiver
 from receiver_plugin.staging import Staging
 from receiver_plugin.startup import fence_reason
 from sender import FP8Sender, Shard, export_checkpoint
-from sender.control import ControlClient
+from sender.control import ControlClient, checked
 from shared import errors, protocol
 from tests.test_push_memory import Server, expected
 from tests.test_ranks import PROCESSES, caught, run_on_ranks, tell, wait_for
@@ -180,6 +180,8 @@ def test_an_export_of_two_ranks_loads_as_a_push_would(tmp_path: Path) -> None:
 
 # ---- a server in a process of its own
 
+BOTH_PLANES = pytest.mark.parametrize("plane", ["tcp", "gloo"])
+
 
 def serve(pipe: Connection) -> None:
     torch.set_num_threads(1)
@@ -204,7 +206,7 @@ class ServerProcess:
             self._pipe.send_bytes(message.model_dump_json().encode())
             if not self._pipe.poll(timeout_s):
                 raise errors.ServerUnreachableError(f"{self.name} did not answer")
-            return protocol.Reply.model_validate_json(self._pipe.recv_bytes())
+            return checked(self.name, protocol.Reply.model_validate_json(self._pipe.recv_bytes()))
         except (EOFError, OSError) as error:
             raise errors.ServerUnreachableError(f"{self.name} is gone") from error
 
@@ -229,10 +231,11 @@ def at_bucket(sender: FP8Sender, index: int, action: Callable[[], object]) -> No
     sender._fleet.send = send_after_action  # type: ignore[method-assign, assignment]
 
 
-def test_a_server_that_is_killed_mid_push_fails_the_push_and_spares_the_others() -> None:
+@BOTH_PLANES
+def test_a_server_that_is_killed_mid_push_fails_the_push_and_spares_the_others(plane: protocol.PlaneName) -> None:
     victim, survivor = ServerProcess("victim"), Server(name="survivor")
     before, model = fingerprint(survivor.model), Trainer()
-    with FP8Sender([victim, survivor.control], timeout_s=20.0, bucket_bytes=64 << 10) as sender:
+    with FP8Sender([victim, survivor.control], plane=plane, timeout_s=20.0, bucket_bytes=64 << 10) as sender:
         at_bucket(sender, 2, victim.close)
         found = caught(sender.push, model)
         assert found["kind"] == "TransferError" and found["seconds"] < 15.0
@@ -245,10 +248,11 @@ def test_a_server_that_is_killed_mid_push_fails_the_push_and_spares_the_others()
     assert fingerprint(survivor.model) == expected(model)
 
 
-def test_a_session_that_is_closed_mid_push_fails_the_push() -> None:
+@BOTH_PLANES
+def test_a_session_that_is_closed_mid_push_fails_the_push(plane: protocol.PlaneName) -> None:
     server, model = Server(), Trainer()
     before = fingerprint(server.model)
-    with make_sender(server) as sender:
+    with make_sender(server, plane=plane) as sender:
         fleet = sender._fleet
         at_bucket(sender, 2, lambda: server.receiver.handle(protocol.Close(session=fleet._session)))
         found = caught(sender.push, model)
@@ -258,10 +262,11 @@ def test_a_session_that_is_closed_mid_push_fails_the_push() -> None:
     assert fingerprint(server.model) == expected(model)
 
 
-def test_a_bucket_of_another_size_fails_the_push_and_not_the_server() -> None:
+@BOTH_PLANES
+def test_a_bucket_of_another_size_fails_the_push_and_not_the_server(plane: protocol.PlaneName) -> None:
     """Gloo itself ends the process in which more bytes arrive than were expected."""
     server, model = ServerProcess("server"), Trainer()
-    with FP8Sender([server], timeout_s=20.0, bucket_bytes=64 << 10) as sender:
+    with FP8Sender([server], plane=plane, timeout_s=20.0, bucket_bytes=64 << 10) as sender:
         plan = sender.prepare(model)
         small, large = sorted(plan.layout.buckets, key=lambda bucket: bucket.num_bytes)[:: len(plan.layout.buckets) - 1]
         send = sender._fleet.send
@@ -277,7 +282,8 @@ def test_a_bucket_of_another_size_fails_the_push_and_not_the_server() -> None:
         assert sender.push(model).version == 1
 
 
-def test_a_rank_that_cannot_receive_fails_the_push_at_once() -> None:
+@BOTH_PLANES
+def test_a_rank_that_cannot_receive_fails_the_push_at_once(plane: protocol.PlaneName) -> None:
     """Not at its deadline, which may be minutes away."""
 
     def make_staging(*parts: Any) -> Staging:
@@ -288,7 +294,7 @@ def test_a_rank_that_cannot_receive_fails_the_push_at_once() -> None:
     server, model = Server(), Trainer()
     server.receiver = Receiver(server.model, server.engine, SingleRank(), make_staging=make_staging)
     server.control._handle = server.receiver.handle
-    with make_sender(server) as sender:
+    with make_sender(server, plane=plane) as sender:
         found = caught(sender.push, model)
     assert found["kind"] == "TransferError" and found["seconds"] < 10.0
 
@@ -328,11 +334,22 @@ def before(caplog: pytest.LogCaptureFixture) -> Iterator[set[str]]:
     yield listening()
 
 
-def test_sockets_listen_on_loopback_only_and_are_closed(before: set[str]) -> None:
-    with make_sender(Server()) as sender:
+@BOTH_PLANES
+def test_sockets_listen_on_loopback_only_and_are_closed(before: set[str], plane: protocol.PlaneName) -> None:
+    server, opened = Server(), set[str]()
+    answer = server.control._handle
+
+    def note(message: Any) -> protocol.Reply:
+        opened.update(listening() - before)
+        return answer(message)
+
+    server.control._handle = note
+    with make_sender(server, plane=plane) as sender:
         sender.push(Trainer())
-        opened = listening() - before
         assert opened, "no socket was found: the test looks at the wrong place"
+        if plane == "tcp":
+            assert listening() <= before, "it listens on, though all have joined"
+        opened |= listening() - before
         loopback = ("0100007F:", "00000000000000000000000001000000:", "0000000000000000FFFF00000100007F:")
         assert all(address.startswith(loopback) for address in opened), opened
         assert soon(lambda: bool(our_threads()))
@@ -344,9 +361,10 @@ def raise_out_of_memory() -> None:
     raise RuntimeError("out of memory")
 
 
-def test_a_failure_mid_push_leaves_no_threads_and_no_sockets(before: set[str]) -> None:
+@BOTH_PLANES
+def test_a_failure_mid_push_leaves_no_threads_and_no_sockets(before: set[str], plane: protocol.PlaneName) -> None:
     server = Server()
-    with make_sender(server) as sender:
+    with make_sender(server, plane=plane) as sender:
         sender.push(Trainer())
         at_bucket(sender, 2, raise_out_of_memory)
         with pytest.raises(RuntimeError, match="out of memory"):
@@ -364,7 +382,10 @@ def test_a_closed_sender_can_be_closed_again(before: set[str]) -> None:
     assert soon(lambda: not our_threads()), our_threads()
 
 
-def test_a_server_that_never_joins_the_plane_is_an_error_not_a_hang(before: set[str]) -> None:
+@BOTH_PLANES
+def test_a_server_that_never_joins_the_plane_is_an_error_not_a_hang(
+    before: set[str], plane: protocol.PlaneName
+) -> None:
     server = Server()
     answer = server.control._handle
 
@@ -373,7 +394,7 @@ def test_a_server_that_never_joins_the_plane_is_an_error_not_a_hang(before: set[
         return answer(protocol.Describe()) if isinstance(message, protocol.Open) else answer(message)
 
     server.control._handle = deaf
-    with make_sender(server, timeout_s=1.0) as sender:
+    with make_sender(server, plane=plane, timeout_s=1.0) as sender:
         found = caught(sender.push, Trainer())
         assert found["kind"] == "TransferError" and "did not come together" in found["text"]
         assert found["seconds"] < 10.0

@@ -19,8 +19,7 @@ from starlette.routing import Route, WebSocketRoute
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from receiver_plugin import http
-from receiver_plugin.http import Control, Gate
+from receiver_plugin.http import Control, FencedError, Gate
 from shared import errors, protocol
 from shared.protocol import CONTROL_PATH, INFO_PATH
 
@@ -199,7 +198,7 @@ def test_a_promise_that_nobody_takes_up_closes_the_gate_in_time() -> None:
     server.channel.on_message = refusing(errors.PushError("no answer in 55 s"))
     response = server.client.post("/generate")
     assert response.status_code == 503 and "promised to commit" in response.text
-    with pytest.raises(http.FencedError):
+    with pytest.raises(FencedError):
         server.control.refuse_if_fenced()
     server.channel.on_message = lambda message: None
     server.channel.fence = "it promised version 4 and heard nothing of it in time"
@@ -275,11 +274,11 @@ def test_what_is_no_message_goes_nowhere(body: bytes) -> None:
 
 def test_a_body_that_is_too_large_goes_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
     server = Server()
-    body = protocol.Close(session="s" * 1000).model_dump_json().encode()
-    monkeypatch.setattr(http, "MAX_BODY_BYTES", len(body) - 1)
+    body = protocol.Close(session="s" * 200).model_dump_json().encode()
+    monkeypatch.setattr(protocol, "MAX_BODY_BYTES", len(body) - 1)
     assert "more than" in server.client.post(CONTROL_PATH, content=body).json()["error"]["message"]
     assert server.channel.events == []
-    monkeypatch.setattr(http, "MAX_BODY_BYTES", len(body))
+    monkeypatch.setattr(protocol, "MAX_BODY_BYTES", len(body))
     assert server.send(body)[0] == 200
 
 

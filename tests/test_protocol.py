@@ -46,13 +46,23 @@ OPEN = Open(
     plan_hash="beef",
     bucket_bytes=1 << 20,
     rendezvous=Rendezvous(
-        plane="gloo", host="10.0.0.1", port=29500, key="fp8sync/5e55", world_size=5, first_rank=2, timeout_s=30.0
+        plane="tcp",
+        host="10.0.0.1",
+        port=29500,
+        key="4ey",
+        secret="5e" * 32,
+        world_size=5,
+        first_rank=2,
+        timeout_s=30.0,
     ),
 )
 OPEN_BYTES = (
     b'{"kind":"open","sender":"host-0a","session":"5e55","incarnation":"1nc","plan_hash":"beef","bucket_bytes":1048576,'
-    b'"staging":"auto","rendezvous":{"plane":"gloo","host":"10.0.0.1","port":29500,"key":"fp8sync/5e55","world_size":5,"first_rank":2,'
-    b'"timeout_s":30.0}}'
+    b'"staging":"auto","rendezvous":{"plane":"tcp","host":"10.0.0.1","port":29500,"key":"4ey","secret":"'
+    + b"5e"
+    * 32
+    + b'","world_size":5,'
+    b'"first_rank":2,"timeout_s":30.0}}'
 )
 
 MANIFEST = (
@@ -92,7 +102,7 @@ FIELDS = {
     "Probe": "kind",
     "Reply": "state version fence exclusive error info manifest plan_hash staging probe",
     "WireError": "kind message problems",
-    "Rendezvous": "plane host port key world_size first_rank timeout_s",
+    "Rendezvous": "plane host port key secret world_size first_rank timeout_s",
     "TensorSpec": "name shape dtype",
     "ManifestTensor": "name shape dtype quantized",
     "FP8BlockConfig": "block_size dtype scale_fmt zero_scale modules_to_not_convert",
@@ -154,6 +164,67 @@ def test_messages_decode_to_what_they_were() -> None:
 def test_what_is_no_message_is_refused(data: bytes) -> None:
     with pytest.raises(errors.ConfigError, match="not a control message of protocol 3"):
         decode_message(data)
+
+
+BEGIN_BYTES = b'{"kind":"begin","session":"s","version":1,"deadline_s":1.0}'
+TENSOR = {"name": "a", "shape": [2], "dtype": "bfloat16"}
+BEYOND = [
+    changed(BEGIN_BYTES, session="s" * 257),
+    changed(BEGIN_BYTES, version=-1),
+    changed(BEGIN_BYTES, version=1 << 62),
+    changed(BEGIN_BYTES, deadline_s=0.0),
+    changed(BEGIN_BYTES, deadline_s=1e9),
+    BEGIN_BYTES.replace(b"1.0", b"NaN"),
+    BEGIN_BYTES.replace(b"1.0", b"1e999"),
+    BEGIN_BYTES.replace(b'"version":1', b'"version":1' + b"0" * 10_000),
+    changed(OPEN_BYTES, sender="s" * 257),
+    changed(OPEN_BYTES, incarnation="i" * ((1 << 14) + 1)),
+    changed(OPEN_BYTES, bucket_bytes=0),
+    changed(OPEN_BYTES, bucket_bytes=(1 << 40) + 1),
+    *(
+        changed(OPEN_BYTES, rendezvous={**OPEN.rendezvous.model_dump(), **field})
+        for field in (
+            {"port": 1 << 16},
+            {"port": -1},
+            {"host": "h" * 257},
+            {"key": "k" * 257},
+            {"secret": ""},
+            {"secret": "5e" * 31},
+            {"secret": "5E" * 32},
+            {"secret": "5e" * 32 + "\n"},
+            {"world_size": 1},
+            {"world_size": 1 << 21},
+            {"first_rank": -1},
+        )
+    ),
+    changed(OFFER_BYTES, tensors=[{**TENSOR, "name": "n" * 1025}]),
+    changed(OFFER_BYTES, tensors=[{**TENSOR, "name": ""}]),
+    changed(OFFER_BYTES, tensors=[{**TENSOR, "shape": [1] * 9}]),
+    changed(OFFER_BYTES, tensors=[{**TENSOR, "shape": [-1]}]),
+    changed(OFFER_BYTES, tensors=[{**TENSOR, "shape": [(1 << 40) + 1]}]),
+    changed(OFFER_BYTES, tensors=[TENSOR] * ((1 << 18) + 1)),
+    b'{"kind":"verify","session":"s","version":1,"digests":[-1]}',
+    b'{"kind":"verify","session":"s","version":1,"digests":[18446744073709551616]}',
+    b'{"kind":"verify","session":"s","version":1,"digests":[' + b"1," * (1 << 18) + b"1]}",
+    changed(b'{"kind":"abort","session":"s","version":1}', reason="r" * ((1 << 14) + 1)),
+    b"[" * 100_000 + b"]" * 100_000,
+    b'{"kind":' * 100_000,
+]
+
+
+@pytest.mark.parametrize("data", BEYOND, ids=range(len(BEYOND)))
+def test_what_is_too_large_is_refused_in_few_words(data: bytes) -> None:
+    with pytest.raises(errors.ConfigError) as caught:
+        decode_message(data)
+    assert len(str(caught.value)) < 4096
+
+
+def test_an_error_does_not_repeat_what_was_given() -> None:
+    with pytest.raises(errors.ConfigError) as caught:
+        decode_message(
+            changed(OFFER_BYTES, tensors=[{"name": "hidden", "shape": ["hidden"], "dtype": "hidden"}] * 5000)
+        )
+    assert "hidden" not in str(caught.value) and "more" in str(caught.value)
 
 
 @pytest.mark.parametrize("data", [changed(OFFER_BYTES, protocol=1), b'{"kind":"describe","protocol":0}'])

@@ -54,7 +54,9 @@ def test_the_same_error_of_all_is_said_once() -> None:
 
 
 def test_a_replica_sees_its_own_part() -> None:
-    rendezvous = protocol.Rendezvous(plane="gloo", host="h", port=1, key="k", world_size=9, first_rank=3, timeout_s=1.0)
+    rendezvous = protocol.Rendezvous(
+        plane="gloo", host="h", port=1, key="k", secret="5e" * 32, world_size=9, first_rank=3, timeout_s=1.0
+    )
     opened = protocol.Open(
         sender="s", session="s", incarnation="a+b", plan_hash="p", bucket_bytes=1, rendezvous=rendezvous
     )

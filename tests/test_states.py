@@ -42,8 +42,13 @@ class Rig:
         plan = self.sender.prepare(Trainer())
         self._fleet, self._session = self.sender._fleet, self.sender._fleet._session
         buckets = [torch.zeros(bucket.num_bytes, dtype=torch.uint8) for bucket in plan.layout.buckets]
-        self._buckets, self._digests = buckets, tuple(digest(b, key=index) for index, b in enumerate(buckets))
+        self._buckets = buckets
         self._version, self.arrived = 0, False
+
+    def _digests(self) -> tuple[int, ...]:
+        secret, version = self._fleet._secret, self._version
+        numbered = enumerate(self._buckets)
+        return tuple(digest(data, secret=secret, version=version, bucket=index) for index, data in numbered)
 
     def _tell(self, message: BaseModel) -> None:
         self.server.receiver.handle(message)
@@ -67,16 +72,16 @@ class Rig:
         if session is None or session.transfer is None or self.arrived:
             return
         assert self._fleet._plane is not None
-        for bucket, sent in zip(self._buckets, self._digests, strict=True):
+        for bucket, sent in zip(self._buckets, self._digests(), strict=True):
             self._fleet._plane.send(bucket, sent)
         assert session.transfer.done.wait(10.0)
         self.arrived = True
 
     def verify(self) -> None:
-        self._tell(protocol.Verify(session=self._session, version=self._version, digests=self._digests))
+        self._tell(protocol.Verify(session=self._session, version=self._version, digests=self._digests()))
 
     def verify_other_digests(self) -> None:
-        self._tell(protocol.Verify(session=self._session, version=self._version, digests=(1,) * len(self._digests)))
+        self._tell(protocol.Verify(session=self._session, version=self._version, digests=(1,) * len(self._buckets)))
 
     def promise(self) -> None:
         prepare = protocol.Prepare(session=self._session, version=self._version, idle=False, promise=True)

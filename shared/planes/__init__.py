@@ -32,11 +32,15 @@ class ReceiveHalf(Protocol):
 
 
 def open_receiver(rendezvous: Rendezvous, rank: int) -> ReceiveHalf:
-    """Join as receiver number `rank` (0 is the first rank of the first server); blocks until all have joined."""
+    """Join as receiver number `rank` (0 is the first rank of the first server); may block until all have joined."""
     if rendezvous.plane == "memory":
         from shared.planes.memory import MemoryReceiver
 
         return MemoryReceiver(rendezvous, rank)
+    if rendezvous.plane == "tcp":
+        from shared.planes.sockets import SocketReceiver
+
+        return SocketReceiver(rendezvous, rank)
     from shared.planes.distributed import GroupReceiver
 
     return GroupReceiver(rendezvous, rank)

@@ -2,16 +2,18 @@
 
 The group is fp8sync's own: built directly on a `TCPStore` of the sender, so that neither the trainer's nor SGLang's
 default group, nor any `TORCHELASTIC_*` or rendezvous variable of a torchrun job, has a part in it. The store listens
-on one interface only and the connections of the group are bound to the interface that faces the peer.
+on one interface only and the connections of the group are bound to the interface that faces the peer. What stands in
+the store is signed, every rank proves after joining that it knows the secret of the session, and so does the sender
+with the header that goes ahead of every bucket (`shared/planes/signing.py`).
 
-Gloo moves host memory and knows no float8, so buckets travel as uint8 and are staged through a host buffer where they
-live on a GPU. Size and digest of a bucket go ahead of it: gloo ends the whole process, here a server, where more bytes
-arrive than were expected, and bytes that go straight into a live model are checked before they are written.
+Gloo itself trusts whoever connects to it: see docs/security.md, and `shared/planes/sockets.py` for the plane that does
+not. It ends the whole process, here a server, where more bytes arrive than were expected; hence the size in the header.
 """
 
 from __future__ import annotations
 
 import ipaddress
+import secrets
 import socket
 import time
 from datetime import timedelta
@@ -21,6 +23,8 @@ import torch
 import torch.distributed as dist
 
 from shared.errors import TransferError
+from shared.planes.host import HostBuffer
+from shared.planes.signing import HEADER_BYTES, TAG_BYTES, SignedStore, Signer
 from shared.protocol import Rendezvous
 
 
@@ -55,18 +59,23 @@ class GroupSender:
             use_libuv=True,
         )
         self._group: Any = None
-        self._host_buffer = torch.empty(0, dtype=torch.uint8)
+        self._host = HostBuffer()
+        self._num_sent = 0
 
     def join(self, rendezvous: Rendezvous) -> None:
-        """Raises: TransferError: not every server rank joined within `rendezvous.timeout_s`."""
-        self._group = _make_group(self._store, rendezvous, rank=0, bind_host=self.host)
+        """Raises: TransferError: not every server rank joined within `rendezvous.timeout_s`, or a stranger came."""
+        self._signer = Signer(rendezvous.secret)
+        self._group = _make_group(self._store, self._signer, rendezvous, rank=0, bind_host=self.host)
 
     def send(self, bucket: torch.Tensor, digest: int) -> None:
-        if bucket.device.type != "cpu":
-            if self._host_buffer.numel() < bucket.numel():
-                self._host_buffer = torch.empty(bucket.numel(), dtype=torch.uint8, pin_memory=True)
-            bucket = self._host_buffer[: bucket.numel()].copy_(bucket)
-        _broadcast(self._group, _header(bucket.numel(), digest), self._timeout_s)
+        if self._group is None:
+            raise TransferError("the data plane is closed")
+        bucket = self._host.filled_from(bucket)
+        header = torch.frombuffer(
+            bytearray(self._signer.header(self._num_sent, bucket.numel(), digest)), dtype=torch.uint8
+        )
+        self._num_sent += 1
+        _broadcast(self._group, header, self._timeout_s)
         _broadcast(self._group, bucket, self._timeout_s)
 
     def close(self) -> None:
@@ -86,24 +95,20 @@ class GroupReceiver:
             bind_host = local_address_toward(rendezvous.host, rendezvous.port)
         except (RuntimeError, OSError) as error:
             raise TransferError(f"cannot reach the sender's store: {error}") from error
-        self._group = _make_group(self._store, rendezvous, rank=rank + 1, bind_host=bind_host)
-        self._host_buffer = torch.empty(0, dtype=torch.uint8)
+        self._signer = Signer(rendezvous.secret)
+        self._group = _make_group(self._store, self._signer, rendezvous, rank=rank + 1, bind_host=bind_host)
+        self._host = HostBuffer()
+        self._num_received = 0
 
     def receive(self, bucket: torch.Tensor, timeout_s: float) -> int:
-        started, header = time.monotonic(), _header(0, 0)
+        started, header = time.monotonic(), torch.zeros(HEADER_BYTES, dtype=torch.uint8)
         _broadcast(self._group, header, timeout_s)
-        size, digest = int(header[0]), int(header[1]) % (1 << 64)
+        size, digest = self._signer.read_header(bytes(header.numpy()), self._num_received)
         if size != bucket.numel():
             raise TransferError(f"a bucket of {size} bytes arrived, expected {bucket.numel()}")
-        timeout_s = max(0.001, timeout_s - (time.monotonic() - started))
-        if bucket.device.type == "cpu":
-            _broadcast(self._group, bucket, timeout_s)
-            return digest
-        if self._host_buffer.numel() < bucket.numel():
-            self._host_buffer = torch.empty(bucket.numel(), dtype=torch.uint8, pin_memory=True)
-        host = self._host_buffer[: bucket.numel()]
-        _broadcast(self._group, host, timeout_s)
-        bucket.copy_(host)
+        self._num_received += 1
+        left_s = max(0.001, timeout_s - (time.monotonic() - started))
+        self._host.fill(bucket, lambda arriving: _broadcast(self._group, arriving, left_s))
         return digest
 
     def alive(self) -> bool:
@@ -120,22 +125,31 @@ class GroupReceiver:
         self._store = None
 
 
-def _make_group(store: Any, rendezvous: Rendezvous, rank: int, bind_host: str) -> Any:
+def _make_group(store: Any, signer: Signer, rendezvous: Rendezvous, rank: int, bind_host: str) -> Any:
     timeout = timedelta(seconds=rendezvous.timeout_s)
     options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     options._devices = [dist.ProcessGroupGloo.create_device(hostname=bind_host)]
     options._timeout = timeout
     try:
-        prefixed = dist.PrefixStore(rendezvous.key, store)
-        prefixed.set_timeout(timeout)
-        return dist.ProcessGroupGloo(prefixed, rank, rendezvous.world_size, options)
+        signed = SignedStore(store, signer, f"{rendezvous.key}/")
+        group = dist.ProcessGroupGloo(signed, rank, rendezvous.world_size, options)
+        _prove(group, signer, rank, rendezvous.world_size, rendezvous.timeout_s)
     except RuntimeError as error:
         raise TransferError(f"the data plane did not come together in {rendezvous.timeout_s:.0f} s: {error}") from error
+    return group
 
 
-def _header(num_bytes: int, digest: int) -> torch.Tensor:
-    """[2] int64: what goes ahead of a bucket. The digest is one of 64 bits without a sign."""
-    return torch.tensor([num_bytes, digest - (1 << 64) if digest >= 1 << 63 else digest])
+def _prove(group: Any, signer: Signer, rank: int, world_size: int, timeout_s: float) -> None:
+    """Every rank shows every other that it knows the secret. A collective. Raises: TransferError: one does not."""
+    challenge = torch.tensor(list(secrets.token_bytes(TAG_BYTES)), dtype=torch.uint8)
+    _broadcast(group, challenge, timeout_s)
+    asked = bytes(challenge.numpy())
+    mine = torch.tensor(list(signer.tag("rank", asked, str(rank).encode())), dtype=torch.uint8)
+    proofs = [torch.zeros(TAG_BYTES, dtype=torch.uint8) for _ in range(world_size)]
+    group.allgather([proofs], [mine]).wait()  # within the group's own time-out
+    for other, proof in enumerate(proofs):
+        if not signer.signs(bytes(proof.numpy()), "rank", asked, str(other).encode()):
+            raise TransferError(f"rank {other} of the data plane does not know the secret of this session")
 
 
 def _broadcast(group: Any, data: torch.Tensor, timeout_s: float) -> None:

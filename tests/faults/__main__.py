@@ -1,4 +1,4 @@
-"""`python -m tests.faults`: the campaign against the in-memory and gloo planes. `--seed N` repeats one case.
+"""`python -m tests.faults`: the campaign against all data planes. `--seed N` repeats one case.
 
 `make faults` runs it after the cases on real servers, whose results it puts into docs/faults.md beside its own.
 """
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tests.faults.campaign import Outcome
 
-NUM_CASES = 280  # every kind at every stage on every plane, and some of them once more
+NUM_CASES = 380  # every kind at every stage on every plane, and some of them once more
 
 
 def main() -> int:

@@ -60,7 +60,7 @@ def sender_killed_in_mid_bucket(run: Run) -> tuple[Ends, Pushed]:
 def _killed(run: Run, arms: list[tuple[Place, str]]) -> Pushed:
     version, run.reusable = run.next_version(), False
     run.seeds[version] = run.new_seed()
-    arguments = (run.seeds[version], run.timeout_s, arms)
+    arguments = (run.case.plane, run.seeds[version], run.timeout_s, arms)
     sender = SenderProcess(push_once, arguments, [call for _, call in run.calls])
     try:
         if not sender.killed(_STARTING_S) or sender.outcome(1.0) is not None:
@@ -92,7 +92,7 @@ def sender_frozen(run: Run) -> tuple[Ends, Pushed]:
     if run.case.stage in ("ask offer", "ask open", "ask begin"):
         ends = Ends((OLD, NEW), (OLD, NEW), ("failed", "succeeded"))
     seconds = _end_s(run) - run.slack_s + FROZEN_S
-    if run.case.plane == "gloo":
+    if run.case.plane != "memory":
         return ends, _stopped(run, seconds)
     if run.case.stage == "send":
         run.watch_plane()
@@ -105,7 +105,7 @@ def _stopped(run: Run, seconds: float) -> Pushed:
     version, run.reusable = run.next_version(), False
     run.seeds[version] = run.new_seed()
     arms = _arms(run, "stop")
-    arguments = (run.seeds[version], run.timeout_s, arms)
+    arguments = (run.case.plane, run.seeds[version], run.timeout_s, arms)
     sender = SenderProcess(push_once, arguments, [call for _, call in run.calls])
     try:
         sender.wait_until_frozen(_STARTING_S)

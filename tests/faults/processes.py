@@ -157,10 +157,17 @@ class ServerProcess:
 Arms = Sequence[tuple[Place, str]]
 
 
-def push_once(result: Connection, pipes: Sequence[Connection], seed: int, timeout_s: float, arms: Arms) -> None:
+def push_once(
+    result: Connection,
+    pipes: Sequence[Connection],
+    plane: protocol.PlaneName,
+    seed: int,
+    timeout_s: float,
+    arms: Arms,
+) -> None:
     """Push `Trainer(seed)` to servers that are reached through `pipes`."""
     calls = [(f"server {index}", PipeCall(f"server {index}", pipe)) for index, pipe in enumerate(pipes)]
-    push_and_tell(result, WatchedSender(calls, "gloo", timeout_s), Trainer(seed), arms)
+    push_and_tell(result, WatchedSender(calls, plane, timeout_s), Trainer(seed), arms)
 
 
 def push_and_tell(result: Connection, sender: WatchedSender, model: nn.Module, arms: Arms) -> None:

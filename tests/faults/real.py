@@ -210,7 +210,7 @@ class Pair:
 def watched(urls: Sequence[str], timeout_s: float) -> WatchedSender:
     controls = [HttpControl(url, ADMIN_KEY) for url in urls]
     calls: list[tuple[str, Callable[..., Any]]] = [(control.name, control.call) for control in controls]
-    sender = WatchedSender(calls, "gloo", timeout_s, BUCKET_BYTES)
+    sender = WatchedSender(calls, "tcp", timeout_s, BUCKET_BYTES)
     sender.on_close += [control.close for control in controls]
     return sender
 

@@ -25,13 +25,13 @@ One to three servers of one or two ranks (threads), the product's own control ro
 them; for signals, sender or server in a process of its own. *Struck* is the server that the fault hit, *others* those
 beside it. Points that are passed on a rank: `tests/faults/case.py`. One case again: `{repeat}`.
 
-| fault | where | memory | gloo | violated | the struck push | struck | others |
-|---|---|---|---|---|---|---|---|
+| fault | where | memory | tcp | gloo | violated | the struck push | struck | others |
+|---|---|---|---|---|---|---|---|---|
 """
 REAL = """
 ## Against real SGLang servers
 
-Two servers over HTTP and gloo; senders in processes of their own where a signal ends or freezes them.
+Two servers over HTTP and sockets; senders in processes of their own where a signal ends or freezes them.
 
 | case | | result |
 |---|---|---|
@@ -59,6 +59,7 @@ def _row(kind: str, stage: str, these: Sequence[Outcome]) -> str:
         kind,
         stage,
         str(planes["memory"] or "-"),
+        str(planes["tcp"] or "-"),
         str(planes["gloo"] or "-"),
         f"**{violated}**" if violated else "0",
     ]

@@ -1,4 +1,4 @@
-"""Faults against real SGLang servers over HTTP and gloo: `make faults`.
+"""Faults against real SGLang servers over HTTP and sockets: `make faults`.
 
 After each: both servers serve exactly one version, byte for byte, or refuse requests and say so; nothing hangs past its
 deadline; the next push reaches both.
