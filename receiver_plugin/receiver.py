@@ -5,10 +5,9 @@
          +------- Abort, lost connection, expired lease      failed while copying, promise not kept --> FENCED
                                                              FENCED --full push--> SERVING
 
-Requests are served with the old weights up to the commit, or wait for it where a push arrives in memory that they use
-(`receiver_plugin.rooms`). Nothing but `_commit` writes to live parameters, and it does so only after every rank has
-every byte, with the sender's digests, in its staging image. The exception is a server that stages in place: there a
-transfer that ends without its commit fences, if it has written anything on any rank.
+Requests are served with the old weights up to the commit, or wait for it where a push arrives in memory that they use.
+Nothing but `_commit` writes to live parameters, after every rank has every byte in its staging image; a server that
+stages in place (`receiver_plugin.rooms`) is fenced where a transfer has written something and ends without its commit.
 
 `handle` runs on the scheduler's thread, between two batches, on all ranks with the same message; that is what makes
 the collectives of `ranks` safe. Bytes arrive on the thread of the session (`receiver_plugin.session`).
@@ -124,8 +123,8 @@ class Receiver:
             return self._reply(error=to_wire(PushError(f"{message.kind} failed: {type(error).__name__}: {error}")))
 
     def _reply(self, **fields: Any) -> wire.Reply:
-        exclusive = self._sessions.exclusive
-        return wire.Reply(state=self.state, version=self._version, fence=self._fence, exclusive=exclusive, **fields)
+        fields["exclusive"] = self._sessions.exclusive
+        return wire.Reply(state=self.state, version=self._version, fence=self._fence, **fields)
 
     # Once
 
