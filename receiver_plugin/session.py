@@ -149,8 +149,7 @@ class Session:
             transfer.error = failure
             transfer.done.set()
             if failure is not None:
-                self.lost = failure
-                break
+                break  # not lost: whoever asks after the push is told why it ended
         if plane is not None:
             plane.close()  # the sender learns of it now, not at its deadline
         self._let_go()
