@@ -198,8 +198,7 @@ class Session:
             transfer.error = failure
             transfer.done.set()
             if failure is not None:
-                self.lost = failure
-                break
+                break  # not lost: whoever asks after the push is told why it ended
             transfer = None  # and with it the memory that it had
         if plane is not None:
             plane.close()  # the sender learns of it now, not at its deadline

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
@@ -255,13 +256,14 @@ def test_the_lock_is_let_go_when_one_part_is_taken(attached: Attached) -> None:
 def test_engines_that_share_an_event_loop_are_asked_at_once_and_answer_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     """SGLang gives engines that are made on one thread the same loop; a sender asks its servers on threads."""
     engines = [Attached(monkeypatch) for _ in range(3)]
-    for attached in engines:
+    for number, attached in enumerate(engines):
         attached.engine.loop = engines[0].engine.loop
-        attached.channel.answer_s = 0.05
+        attached.channel.answer_s = 0.3 if number else 0.1  # the first one to end must not stop the loop for others
     replies: list[protocol.Reply] = []
     threads = [threading.Thread(target=lambda a=attached: replies.append(a.push(1))) for attached in engines]
     for thread in threads:
         thread.start()
+        time.sleep(0.02)
     for thread in threads:
         thread.join(10.0)
     assert [reply.version for reply in replies] == [1, 1, 1]
