@@ -182,7 +182,7 @@ class Pair:
         """Wait until no server holds anything of a push."""
         deadline = time.monotonic() + timeout_s
         for server in self.servers:
-            while server.alive() and (state := server.state()) in ("RECEIVING", "STAGED"):
+            while server.alive() and (state := server.state()) in ("RECEIVING", "STAGED", "PROMISED"):
                 assert time.monotonic() < deadline, f"{server.url} is still {state}"
                 time.sleep(0.05)
 
