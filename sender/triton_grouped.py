@@ -19,7 +19,7 @@ from sender.triton_quantize import KINDS, _quantize_bits, has_hardware_cast
 from shared.numerics import BLOCK, ScaleFormat, ZeroScale
 
 COPY_ELEMENTS = 8192  # a program of the copy kernel
-_NUM_WARPS = 8
+_NUM_WARPS = 4
 TASK_FIELDS = 7
 
 
