@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
+from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +23,7 @@ from shared.errors import ConfigError
 from shared.numerics import BLOCK, WEIGHT_DTYPES
 from shared.protocol import FP8BlockConfig
 
+_Places = list[list[Any]]
 PackOne = Callable[[Entry, Tensor, Tensor], None]
 
 
@@ -49,7 +52,8 @@ class GroupedBucket:
     def __init__(self, bucket: Bucket, flag_rows: Mapping[str, int], config: FP8BlockConfig, pack_one: PackOne) -> None:
         self._entries = bucket.entries
         self._flag_rows, self._config, self._pack_one = flag_rows, config, pack_one
-        self._sorted_for: list[tuple[int, tuple[int, ...], torch.dtype]] = []
+        self._names = bucket.names
+        self._sorted_for: _Places | None = None
         self._launches: list[_Launch] = []
         self._alone: list[Entry] = []
 
@@ -75,8 +79,8 @@ class GroupedBucket:
             self._pack_one(entry, weights[entry.tensor.name], packed)
 
     def _sort(self, weights: Mapping[str, Tensor], device: torch.device) -> None:
-        found = [weights[entry.tensor.name] for entry in self._entries]
-        now = [(weight.data_ptr(), weight.stride(), weight.dtype) for weight in found]
+        found = [weights[name] for name in self._names]
+        now = _places(found)  # a few passes in C: this runs every push for every tensor
         if now == self._sorted_for:
             return
         groups: dict[_Kind, list[tuple[Entry, Tensor]]] = {}
@@ -109,6 +113,12 @@ class GroupedBucket:
             torch.tensor(tasks, dtype=torch.int64).to(device),
             numbers.repeat_interleave(torch.tensor(sizes)).to(device),
         )
+
+
+def _places(weights: list[Tensor]) -> _Places:
+    """Where each weight lies and how; a source offers the same shapes as long as a plan holds."""
+    facts = (Tensor.data_ptr, Tensor.numel, Tensor.stride, attrgetter("dtype"))
+    return [list(map(fact, weights)) for fact in facts]
 
 
 def _kind(entry: Entry, weight: Tensor, device: torch.device) -> _Kind | None:

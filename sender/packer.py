@@ -22,7 +22,7 @@ class Packer:
         self._row = {name: row for row, name in enumerate(self._names)}
         self._buffer = torch.zeros(layout.largest_bucket_bytes, dtype=torch.uint8, device=device)
         self._nonfinite = torch.zeros(len(self._names), dtype=torch.int32, device=device)
-        self._gaps = [_gaps(bucket).to(device) for bucket in layout.buckets]
+        self._gaps = [_gaps(bucket, device) for bucket in layout.buckets]
         self._grouped = None
         if backend_name(device) == "triton":
             from sender.grouped import GroupedBucket
@@ -35,7 +35,8 @@ class Packer:
     def pack(self, bucket: Bucket, weights: dict[str, torch.Tensor]) -> torch.Tensor:
         """`weights` by name -> flat uint8 [bucket.num_bytes], valid until the next call."""
         packed = self._buffer[: bucket.num_bytes]
-        packed[self._gaps[bucket.index]] = 0  # of what the buffer held before
+        if (gaps := self._gaps[bucket.index]) is not None:
+            packed.index_fill_(0, gaps, 0)  # what the buffer held before
         if self._grouped is not None:
             self._grouped[bucket.index].pack(weights, packed, self._nonfinite)
             return packed
@@ -65,9 +66,9 @@ class Packer:
             raise NonFiniteWeightError(tuple(self._names[row] for row in rows))
 
 
-def _gaps(bucket: Bucket) -> torch.Tensor:
-    """Where the bytes of `bucket` lie that belong to no tensor: few, and the same every push."""
+def _gaps(bucket: Bucket, device: torch.device) -> torch.Tensor | None:
+    """Where in `bucket` the bytes lie that belong to no tensor; None if there are none."""
     ends = [slot.offset_bytes + slot.num_bytes for slot in bucket.slots]
     starts = [*(slot.offset_bytes for slot in bucket.slots[1:]), bucket.num_bytes]
     gaps = [torch.arange(end, start) for end, start in zip(ends, starts, strict=True) if end < start]
-    return torch.cat(gaps) if gaps else torch.empty(0, dtype=torch.int64)
+    return torch.cat(gaps).to(device) if gaps else None
