@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -143,3 +147,39 @@ def test_another_shape_than_planned_is_refused() -> None:
             torch.zeros(bucket.num_bytes, dtype=torch.uint8, device=DEVICE),
             torch.zeros(1, dtype=torch.int32, device=DEVICE),
         )
+
+
+COMPILE = """
+import re, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from sender.triton_grouped import _copy_many_kernel, _quantize_many_kernel
+
+def ptx(kernel, constants):
+    types = {name: "i32" for name in kernel.arg_names} | dict.fromkeys(constants, "constexpr")
+    types |= {"where_ptr": "*i64", "tasks_ptr": "*i64", "task_of_program_ptr": "*i32"}
+    types |= {"out_ptr": "*u8", "nonfinite_ptr": "*i32"}
+    aligned = {(argument,): [["tt.divisibility", 16]] for argument in range(5)}
+    source = ASTSource(kernel, types, constants, aligned)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm["ptx"]
+
+options = {"KIND": "bf16", "UE8M0": True, "ZERO_IS_ONE": True, "HARDWARE_CAST": True, "BLOCK_SIZE": 128}
+text = ptx(_quantize_many_kernel, options | {"EVEN": True})
+assert text.count("div.rn.f32") == 2, "both divisions are IEEE"
+assert not re.search(r"ftz|fma[.]|div[.](full|approx)|rcp[.]", text), "nothing flushed, fused or approximate"
+assert "ld.global.v4" in text and "ld.global.b16" not in text, "read 16 bytes at a time"
+assert "st.global.v4" in text and "st.global.b8" not in text, "written 16 bytes at a time"
+text = ptx(_copy_many_kernel, {"INFINITY": 0x7F80, "NUM_ELEMENTS": 8192})
+assert "ld.global.v4" in text and "st.global.v4" in text
+"""
+
+
+def test_compiles_into_exact_and_wide_instructions(tmp_path: Path) -> None:
+    """Needs no GPU: what the interpreter cannot see."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE], cwd=root, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
