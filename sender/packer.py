@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from sender.quantize import copy_into, quantize_into
-from shared.buckets import Bucket, Layout
+from sender.quantize import backend_name, copy_into, quantize_into
+from shared.buckets import Bucket, Entry, Layout
 from shared.errors import NonFiniteWeightError
 from shared.protocol import FP8BlockConfig
 
 
 class Packer:
-    """One reused bucket buffer on the device of the weights.
+    """One reused bucket buffer on the device of the weights; on a GPU a few launches a bucket, elsewhere one a tensor.
 
     Non-finite weights are noted on the device, without waiting for it, and raised by `check_finite` once a push.
     """
@@ -22,6 +22,12 @@ class Packer:
         self._row = {name: row for row, name in enumerate(self._names)}
         self._buffer = torch.zeros(layout.largest_bucket_bytes, dtype=torch.uint8, device=device)
         self._nonfinite = torch.zeros(len(self._names), dtype=torch.int32, device=device)
+        self._gaps = [_gaps(bucket, device) for bucket in layout.buckets]
+        self._grouped = None
+        if backend_name(device) == "triton":
+            from sender.grouped import GroupedBucket
+
+            self._grouped = [GroupedBucket(bucket, self._row, config, self._pack_one) for bucket in layout.buckets]
 
     def begin(self) -> None:
         self._nonfinite.zero_()
@@ -29,26 +35,40 @@ class Packer:
     def pack(self, bucket: Bucket, weights: dict[str, torch.Tensor]) -> torch.Tensor:
         """`weights` by name -> flat uint8 [bucket.num_bytes], valid until the next call."""
         packed = self._buffer[: bucket.num_bytes]
-        packed.zero_()  # alignment gaps are zero on both sides
+        if (gaps := self._gaps[bucket.index]) is not None:
+            packed.index_fill_(0, gaps, 0)  # what the buffer held before
+        if self._grouped is not None:
+            self._grouped[bucket.index].pack(weights, packed, self._nonfinite)
+            return packed
         for entry in bucket.entries:
-            weight, values = weights[entry.tensor.name], entry.values.view(packed)
-            row = self._row[entry.tensor.name]
-            nonfinite = self._nonfinite[row : row + 1]
-            if entry.scale is None:
-                copy_into(weight, values, nonfinite)
-            else:
-                quantize_into(
-                    weight,
-                    values,
-                    entry.scale.view(packed),
-                    nonfinite,
-                    scale_fmt=self._config.scale_fmt,
-                    zero_scale=self._config.zero_scale,
-                )
+            self._pack_one(entry, weights[entry.tensor.name], packed)
         return packed
+
+    def _pack_one(self, entry: Entry, weight: torch.Tensor, packed: torch.Tensor) -> None:
+        row, values = self._row[entry.tensor.name], entry.values.view(packed)
+        nonfinite = self._nonfinite[row : row + 1]
+        if entry.scale is None:
+            copy_into(weight, values, nonfinite)
+            return
+        quantize_into(
+            weight,
+            values,
+            entry.scale.view(packed),
+            nonfinite,
+            scale_fmt=self._config.scale_fmt,
+            zero_scale=self._config.zero_scale,
+        )
 
     def check_finite(self) -> None:
         """Raises: NonFiniteWeightError: names every tensor with inf or NaN since `begin`."""
         rows = self._nonfinite.nonzero().flatten().tolist()
         if rows:
             raise NonFiniteWeightError(tuple(self._names[row] for row in rows))
+
+
+def _gaps(bucket: Bucket, device: torch.device) -> torch.Tensor | None:
+    """Where in `bucket` the bytes lie that belong to no tensor; None if there are none."""
+    ends = [slot.offset_bytes + slot.num_bytes for slot in bucket.slots]
+    starts = [*(slot.offset_bytes for slot in bucket.slots[1:]), bucket.num_bytes]
+    gaps = [torch.arange(end, start) for end, start in zip(ends, starts, strict=True) if end < start]
+    return torch.cat(gaps).to(device) if gaps else None

@@ -80,6 +80,26 @@ def _e4m3_bits(x: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
+def _quantize_bits(
+    bits: tl.tensor, KIND: tl.constexpr, UE8M0: tl.constexpr, ZERO_IS_ONE: tl.constexpr, HARDWARE_CAST: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """One block of weights as integers -> its codes (uint8), its scale (fp32), whether it holds inf or NaN."""
+    bits = bits.to(tl.int32)
+    if KIND == "fp32":
+        bits = _round_fp32_bits_to_bf16(bits)
+    largest = tl.max(tl.max(bits & 0x7FFF, axis=1), axis=0)
+    if KIND == "fp16":
+        x, amax, infinity = _fp16_bits_to_fp32(bits), _fp16_bits_to_fp32(largest), 0x7C00
+    else:
+        x, amax, infinity = _bf16_bits_to_fp32(bits), _bf16_bits_to_fp32(largest), 0x7F80
+    scale = _block_scale(amax, largest == 0, UE8M0, ZERO_IS_ONE)
+    # The product feeds a clamp, not an addition: there is nothing that it could be fused with.
+    scaled = tl.minimum(tl.maximum(x * tl.div_rn(1.0, scale), -_FP8_MAX), _FP8_MAX)
+    codes = scaled.to(tl.float8e4nv).to(tl.uint8, bitcast=True) if HARDWARE_CAST else _e4m3_bits(scaled)
+    return codes, scale, largest >= infinity
+
+
+@triton.jit
 def _quantize_block_kernel(
     weight_ptr: tl.tensor,
     codes_ptr: tl.tensor,
@@ -118,33 +138,22 @@ def _quantize_block_kernel(
     inside = (rows < num_rows) & (cols < num_cols)
 
     weight_offsets = rows * weight_stride_row + cols * weight_stride_col
-    bits = tl.load(weight_ptr + weight_offsets, mask=inside, other=0).to(tl.int32)
-    if KIND == "fp32":
-        bits = _round_fp32_bits_to_bf16(bits)
-    largest = tl.max(tl.max(bits & 0x7FFF, axis=1), axis=0)
-    if KIND == "fp16":
-        x, amax, infinity = _fp16_bits_to_fp32(bits), _fp16_bits_to_fp32(largest), 0x7C00
-    else:
-        x, amax, infinity = _bf16_bits_to_fp32(bits), _bf16_bits_to_fp32(largest), 0x7F80
+    bits = tl.load(weight_ptr + weight_offsets, mask=inside, other=0)
+    codes, scale, is_nonfinite = _quantize_bits(bits, KIND, UE8M0, ZERO_IS_ONE, HARDWARE_CAST)
     # Every program that stores, stores the same value: no atomic needed.
-    tl.store(nonfinite_ptr, 1, mask=largest >= infinity)
-
-    scale = _block_scale(amax, largest == 0, UE8M0, ZERO_IS_ONE)
+    tl.store(nonfinite_ptr, 1, mask=is_nonfinite)
     tl.store(scale_ptr + block_row * scale_stride_row + block_col * scale_stride_col, scale)
-    # The product feeds a clamp, not an addition: there is nothing that it could be fused with.
-    scaled = tl.minimum(tl.maximum(x * tl.div_rn(1.0, scale), -_FP8_MAX), _FP8_MAX)
-    codes = scaled.to(tl.float8e4nv).to(tl.uint8, bitcast=True) if HARDWARE_CAST else _e4m3_bits(scaled)
     tl.store(codes_ptr + rows * codes_stride_row + cols * codes_stride_col, codes, mask=inside)
 
 
 INTERPRETED = not isinstance(_quantize_block_kernel, triton.JITFunction)
 """True if TRITON_INTERPRET=1 was set when this module was imported: kernels run on the host, for tensors anywhere."""
 
-_KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 @functools.cache
-def _has_hardware_cast(device: torch.device) -> bool:
+def has_hardware_cast(device: torch.device) -> bool:
     """Whether fp32 -> e4m3 may be left to the device: NVIDIA from 8.9, never the interpreter."""
     if INTERPRETED or device.type != "cuda" or torch.version.hip is not None:
         return False
@@ -190,10 +199,10 @@ def quantize_triton_into(
             *weight.stride(),
             *codes.stride(),
             *scale.stride(),
-            KIND=_KINDS[weight.dtype],
+            KIND=KINDS[weight.dtype],
             UE8M0=scale_fmt == "ue8m0",
             ZERO_IS_ONE=zero_scale == "one",
-            HARDWARE_CAST=_has_hardware_cast(device),
+            HARDWARE_CAST=has_hardware_cast(device),
             BLOCK_SIZE=BLOCK,
             num_warps=_NUM_WARPS,
         )

@@ -142,7 +142,7 @@ def test_every_tie_and_every_value_of_the_code_range(dtype: torch.dtype) -> None
 
 def test_integer_encoding_wherever_this_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """On GPUs that have the hardware cast, the path of those that have not."""
-    monkeypatch.setattr(triton_quantize, "_has_hardware_cast", lambda device: False)
+    monkeypatch.setattr(triton_quantize, "has_hardware_cast", lambda device: False)
     assert_same_bits(finite_16_bit_values(torch.bfloat16))
     assert_same_bits(normal(300, 200))
 
