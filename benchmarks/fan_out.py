@@ -1,4 +1,4 @@
-"""How long a push takes for every server more: `python -m benchmarks.fan_out`, on a CPU, over gloo.
+"""How long a push takes for every server more: `python -m benchmarks.fan_out`, on a CPU, over the plane `tcp`.
 
 First receivers without SGLang, each a process of its own, that hold `--megabytes` of BF16 weights in FP8; then real
 SGLang servers of a tiny model (`--servers 0` leaves them out), started with `--sleep-on-idle`. Every line is the median

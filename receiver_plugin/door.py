@@ -47,12 +47,23 @@ class Drains(Protocol):
 
 @dataclass
 class _Held:
-    session: str
-    version: int
-    exclusive: bool  # what arrives uses what requests use
+    message: wire.Hold
     opening: AsyncExitStack
     timer: asyncio.Task[None]
     begun: bool = False
+
+    @property
+    def session(self) -> str:
+        return self.message.session
+
+    @property
+    def version(self) -> int:
+        return self.message.version
+
+    @property
+    def exclusive(self) -> bool:
+        """What arrives uses what requests use."""
+        return self.message.before == "begin"
 
 
 class Door:
@@ -121,6 +132,10 @@ class Door:
         await self._open_if_given_up()
         if self.coming is not None:
             return await self._failed(f"its door is shut for version {self.coming} already; nothing was touched")
+        if message.before == "begin":  # no request has to end for a push that cannot begin
+            reply = await self._ask(_could_begin(message))
+            if reply.error is not None:
+                return reply
         async with AsyncExitStack() as opening:
             prepare = _prepare(message)
             reply = await self._shut(
@@ -128,8 +143,7 @@ class Door:
             )
             if reply.error is None:
                 timer = asyncio.create_task(self._end_in_time(message))
-                exclusive = message.before == "begin"
-                self._held = _Held(message.session, message.version, exclusive, opening.pop_all(), timer)
+                self._held = _Held(message, opening.pop_all(), timer)
             return reply
 
     async def release(self, session: str, version: int | None = None) -> None:
@@ -153,11 +167,7 @@ class Door:
         return self._held is not None and (self._held.session, self._held.version) == (session, version)
 
     async def _end_in_time(self, message: wire.Hold) -> None:
-        if message.before == "begin":
-            why = await self._no_longer_needed(message)
-        else:
-            await asyncio.sleep(message.hold_s)
-            why = f"was held for {message.hold_s:.0f} s and not released"
+        why = await self._no_longer_needed(message)
         async with self._committing:
             if (held := self._held) is not None:
                 logger.warning("fp8sync: version %d %s: its door opens", message.version, why)
@@ -168,24 +178,31 @@ class Door:
         start = time.monotonic()
         while (held_s := time.monotonic() - start) < message.hold_s:
             await asyncio.sleep(min(_WATCH_S, message.hold_s - held_s))
+            if time.monotonic() - start >= message.hold_s:
+                break
             async with self._committing:
                 held = self._held
                 if held is None or await self._is_given_up(held):
                     return "was given up"
-            if not held.begun and held_s > message.drain_s + _BEGIN_S:
+            if held.exclusive and not held.begun and held_s > message.drain_s + _BEGIN_S:
                 return "was held for and not begun"
         return f"was held for {message.hold_s:.0f} s and not released"
 
     async def _is_given_up(self, held: _Held) -> bool:
         """Whether the schedulers have let go of what the door is held for, without having committed it."""
+        if held.exclusive and not held.begun:
+            reply = await self._ask(_could_begin(held.message))
+            return reply.error is not None and reply.error.kind == "SessionLostError"
         reply = await self._ask(wire.Describe())
-        return held.begun and not reply.exclusive and reply.version < held.version and reply.error is None
+        at_work = reply.exclusive if held.exclusive else reply.state in ("STAGED", "PROMISED")
+        committed = reply.version >= held.version and reply.fence is None
+        return reply.error is None and not at_work and not committed
 
     async def _open_if_given_up(self) -> None:
         """A sender that is gone does not keep the next one waiting."""
         async with self._committing:
             held = self._held
-            if held is not None and held.exclusive and await self._is_given_up(held):
+            if held is not None and await self._is_given_up(held):
                 held.timer.cancel()
                 await self._open(held)
 
@@ -240,6 +257,10 @@ class Door:
     async def _failed(self, text: str) -> wire.Reply:
         error = wire.WireError(kind="CommitError", message=text)
         return (await self._ask(wire.Describe())).model_copy(update={"error": error, "info": None})
+
+
+def _could_begin(message: wire.Hold) -> wire.Prepare:
+    return _prepare(message).model_copy(update={"idle": False})
 
 
 def _prepare(message: wire.Commit | wire.Hold) -> wire.Prepare:

@@ -9,6 +9,7 @@ until a commit is over; so `Control.refuse_if_fenced` is called again where a re
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import time
@@ -111,6 +112,7 @@ class Control:
         self._door = Door(channel, self._ask, self._fenced)
         self._known = False
         self._promised_until: float | None = None
+        self._looking: asyncio.Task[wire.Reply] | None = None
         self._fence: str | None = "its schedulers have not yet said whether their weights may be served"
         self._published = 0
         self._labels: set[str] = set()  # of all versions that were served here
@@ -143,9 +145,15 @@ class Control:
 
     async def fence(self) -> str | None:
         """Why requests must be refused, or None."""
-        if self._overdue() or not self._known:
+        if self._overdue():
+            self._look_again()  # a request does not wait for schedulers that may be silent
+        elif not self._known:
             await self._ask(wire.Describe())
         return self._fence
+
+    def _look_again(self) -> None:
+        if self._looking is None or self._looking.done():
+            self._looking = asyncio.create_task(self._ask(wire.Describe()))
 
     def refuse_if_fenced(self) -> None:
         """Raises: FencedError: 503 with the reason."""
@@ -234,6 +242,9 @@ class Control:
         if reply.exclusive and not self._door.excludes:
             self._fence = self._fence or "a push is writing where requests would run, and its door is not shut"
         self._overdue()
+        if isinstance(message, wire.Prepare) and message.promise and reply.error and reply.state == "PROMISED":
+            why = "another replica of this server could not promise"
+            await self._ask(wire.Abort(session=message.session, version=message.version, reason=why))
         return reply
 
     def _note_promise(self, message: Any) -> None:

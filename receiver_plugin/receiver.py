@@ -169,16 +169,20 @@ class Receiver:
         session = self._sessions.of(message.session)
         if session.exclusive and not message.held:
             raise CommitError(f"its staging is {session.way}, so that its door must be held first; nothing was touched")
-        self._prepare_to_begin(session, message.version)
+        self._prepare_to_begin(session, message.version, idle=True)
         try:
             collect(self._ranks, lambda: self._make_room(session))
         except Fp8SyncError:
             session.give_room_back()
             raise
-        session.begin(message.version, message.deadline_s)
+        try:
+            collect(self._ranks, lambda: session.begin(message.version, message.deadline_s))
+        except Fp8SyncError as error:
+            self._fence_if(self._sessions.give_up(str(error)))
+            raise
         return {}
 
-    def _prepare_to_begin(self, session: Session, version: int) -> None:
+    def _prepare_to_begin(self, session: Session, version: int, idle: bool) -> None:
         again = self._fence is not None and version == self._version > 0  # it served that and fell out of it
         if version <= self._version and not again:
             raise StaleVersionError(f"version {version} is not newer than {self._version}, which is served")
@@ -188,7 +192,7 @@ class Receiver:
         def check() -> None:
             self._check_safe()
             self._check_incarnation(self._planned_for)
-            if session.exclusive and not self._engine.flush_cache():
+            if idle and session.exclusive and not self._engine.flush_cache():
                 raise ServerBusyError("requests are still running; nothing was touched")
 
         collect(self._ranks, check)
@@ -210,11 +214,11 @@ class Receiver:
 
     def _prepare(self, message: wire.Prepare | wire.Hold | wire.Commit) -> dict[str, Any]:
         session = self._sessions.of(message.session)
+        idle = message.idle if isinstance(message, wire.Prepare) else True
         if not isinstance(message, wire.Commit) and message.before == "begin":
-            self._prepare_to_begin(session, message.version)
+            self._prepare_to_begin(session, message.version, idle)
             return {}
         transfer = session.transfer_of(message.version)
-        idle = message.idle if isinstance(message, wire.Prepare) else True
         collect(self._ranks, lambda: self._ready_to_commit(session, transfer, message.in_flight, idle))
         if isinstance(message, wire.Commit):
             return {}

@@ -6,7 +6,7 @@ place. It never talks to other ranks. Once a transfer has ended, its thread writ
 error ends the push and is kept for the next control message; the sender makes a new session after it.
 
 Between pushes the thread looks whether the sender is still there. If it is gone, or no push can come any more, the
-staging is freed at once (what was staged by then: after its deadline), and the thread ends.
+thread ends; the next message, whoever sends it, ends the session.
 """
 
 from __future__ import annotations
@@ -164,8 +164,6 @@ class Session:
         self.transfer.cancel()
         touched = self.transfer.staging.touched
         self.transfer = None
-        with self._wake:
-            self._wake.notify()
         self.give_room_back()
         return touched
 
@@ -202,7 +200,6 @@ class Session:
             transfer = None  # and with it the memory that it had
         if plane is not None:
             plane.close()  # the sender learns of it now, not at its deadline
-        self._let_go()
 
     def _next(self, plane: ReceiveHalf | None, failure: str | None) -> Transfer | None:
         """The next push, or None if there will be none. A sender that comes in time is told why it could not join."""
@@ -219,21 +216,6 @@ class Session:
                 self.lost = "its sender is gone"
             if self.lost is not None:
                 return None
-
-    def _let_go(self) -> None:
-        """Free memory of its own, once nothing that is staged there can be committed any more.
-
-        What is lent to a transfer goes back with it, on the scheduler's thread.
-        """
-        if self.exclusive:
-            return
-        with self._wake:
-            while not self._closed and (transfer := self.transfer) is not None:
-                left = transfer.deadline + _GRACE_S - time.monotonic()
-                if transfer.error is not None or left <= 0:
-                    break
-                self._wake.wait(left)
-            self._staging = None
 
     def _digest(self, version: int) -> Callable[[torch.Tensor, int], int]:
         """What takes the digest of a bucket, by its index."""

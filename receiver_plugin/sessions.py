@@ -31,7 +31,7 @@ class Sessions:
     def __init__(self, ranks: Ranks, memory: Memory, synchronize: Callable[[], None]) -> None:
         self._ranks, self._memory, self._synchronize = ranks, memory, synchronize
         self.current: Session | None = None
-        self._last: Session | None = None  # closed; it may still receive into the reserved bucket
+        self._closed: list[Session] = []  # those that may still receive into the reserved bucket
         self._lost: dict[str, str] = {}  # the last session that was given up, and why
 
     @property
@@ -61,8 +61,8 @@ class Sessions:
         way = choose(message.staging, collect(self._ranks, lambda: obstacles(need, self._memory)))
 
         def stage() -> Staging:
-            taken = self._last is not None and self._last.lingers
-            return make_staging(enter(way, need, self._memory, bucket_taken=taken))
+            self._closed = [session for session in self._closed if session.lingers]
+            return make_staging(enter(way, need, self._memory, bucket_taken=bool(self._closed)))
 
         def start() -> None:
             self.current = Session(message, layout, way, stage, join)
@@ -79,7 +79,8 @@ class Sessions:
         """End the session, which has no transfer."""
         if self.current is not None:
             self.current.close()
-            self._last, self.current = self.current, None
+            self._closed.append(self.current)
+            self.current = None
 
     # How transfers end; what they return is why the server must be fenced, None if it need not
 
@@ -114,16 +115,22 @@ class Sessions:
 
     def give_up_dead(self) -> str | None:
         """A sender that died holds nothing: its stage is void, on all ranks alike, once its connection broke or its
-        deadline passed on one of them. A promise outlives the connection: the commit comes another way."""
+        deadline passed on one of them. A promise outlives the connection: the commit comes another way.
+
+        All ranks take part, with a session or without one, and go by what all of them said.
+        """
         session = self.current
+        transfer = session.transfer if session is not None else None
+        mine = (None, False) if transfer is None else (transfer.dead(), transfer.own_fault)
+        where = (session.id if session is not None else None, transfer.version if transfer is not None else None)
+        found = gather(self._ranks, (where, *mine, session.lost if session is not None else None))
+        if any(other != where for other, *_ in found):
+            return self._end_out_of_step()
         if session is None:
             return None
-        transfer = session.transfer
-        mine = (None, False) if transfer is None else (transfer.dead(), transfer.own_fault)
-        found = gather(self._ranks, (*mine, session.lost))
-        own = [why for why, own_fault, _ in found if own_fault]
-        late = next((why for why in (*own, *(why for why, _, _ in found)) if why is not None), None)
-        lost = next((why for _, _, why in found if why is not None), None)
+        own = [why for _, why, own_fault, _ in found if own_fault]
+        late = next((why for why in (*own, *(why for _, why, _, _ in found)) if why is not None), None)
+        lost = next((why for *_, why in found if why is not None), None)
         if transfer is None:
             if lost is not None:
                 self.close()
@@ -134,6 +141,14 @@ class Sessions:
             return None
         logger.warning("fp8sync: version %d is given up: %s", transfer.version, reason)
         return self.give_up(reason, own_fault=bool(own))
+
+    def _end_out_of_step(self) -> str:
+        """On every rank by itself: no step that all of them take could be trusted to be the same one."""
+        why = "its ranks are out of step with each other"
+        if self.current is not None:
+            self.current.end_transfer(why)
+            self.close()
+        return why
 
     def give_up_memory(self, tags: Collection[str]) -> str | None:
         """Memory of the engine is about to be released: nothing may write there any more."""

@@ -7,7 +7,7 @@ from typing import get_args
 
 from sender.control import ControlClient
 from shared.errors import ConfigError
-from shared.protocol import InFlight, StagingChoice
+from shared.protocol import LONGEST_DEADLINE_S, InFlight, PlaneName, StagingChoice
 
 
 def check_servers(servers: Sequence[str | ControlClient], quorum: int | None) -> None:
@@ -33,6 +33,13 @@ def check_ways(in_flight: InFlight, strict: bool, staging: StagingChoice) -> Sta
     if staging not in ("auto", "reserved"):
         raise ConfigError(f"staging={staging!r} takes a server without requests; in_flight='keep' keeps them")
     return "reserved"
+
+
+def check_plane(plane: object, timeout_s: float) -> None:
+    if plane not in get_args(PlaneName):
+        raise ConfigError(f"plane={plane!r}: it is one of {list(get_args(PlaneName))}")
+    if not 0 < timeout_s <= LONGEST_DEADLINE_S:
+        raise ConfigError(f"timeout_s={timeout_s}: it is more than 0 and at most {LONGEST_DEADLINE_S:.0f} seconds")
 
 
 def check_version(version: object) -> None:

@@ -11,7 +11,8 @@ import logging
 import secrets
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -72,6 +73,8 @@ class Fleet:
         self._doors = Doors(self._servers, timeout_s, in_flight)
         self.staging: dict[str, wire.StagingWay] = {}  # of each server, since the session was opened
         self._in_session: frozenset[str] = frozenset()  # the servers of the session
+        self._owners: list[str] = []  # the server of each rank of the data plane
+        self._culprits: Failed = {}
         self._closed = False
         self._version = self._newest = 0
         self._digests: list[int] = []
@@ -137,7 +140,7 @@ class Fleet:
         """Whether the servers are still those of the open session, and the newest version seen on any of them."""
         if self._closed:
             raise ConfigError("this sender was closed: make a new one")
-        self._version, self._transaction = 0, None
+        self._version, self._transaction, self._culprits = 0, None, {}
         replies, failed = self._servers.try_each(wire.Describe(), self._servers.answer_s)
         for name, reply in replies.items():
             try:
@@ -172,9 +175,11 @@ class Fleet:
         host = next((h for h in hosts if not ipaddress.ip_address(h).is_loopback), hosts[0])  # reached from everywhere
         plane: SocketSender | GroupSender | None = None
         if self._plane_name != "memory":
-            plane = (GroupSender if self._plane_name == "gloo" else SocketSender)(host, self._timeout_s)
+            # One bucket may take half of a push, so that a server that takes none does not fail the others.
+            plane = (GroupSender if self._plane_name == "gloo" else SocketSender)(host, self._timeout_s / 2)
         key = secrets.token_hex(8)
         first_ranks = [sum(self._num_ranks[:index]) for index in range(len(self._servers))]
+        self._owners = [name for name, num in zip(self.names, self._num_ranks, strict=True) for _ in range(num)]
         rendezvous = [
             wire.Rendezvous(
                 plane=self._plane_name,
@@ -204,10 +209,21 @@ class Fleet:
             ]
         )
         if plane is not None:
-            plane.join(rendezvous[0])
+            with self._blaming_ranks():
+                plane.join(rendezvous[0])
         self.staging = {name: reply.staging for name, reply in replies.items() if reply.staging}
         if len(self.staging) != len(self._servers):
             raise PushError("a server did not say where it stages")
+        if self._wanted != "auto" and set(self.staging.values()) != {self._wanted}:
+            raise PushError(f"a server stages in another way than {self._wanted!r}: {self.staging}")
+
+    @contextmanager
+    def _blaming_ranks(self) -> Iterator[None]:
+        try:
+            yield
+        except TransferError as error:
+            self._culprits = {self._owners[rank]: error for rank in error.ranks}
+            raise
 
     # Every push
 
@@ -228,7 +244,8 @@ class Fleet:
         if self._plane is None:
             raise SessionLostError("the data plane is closed: push again")
         self._digests.append(digest(bucket, secret=self._secret, version=self._version, bucket=index))
-        self._plane.send(bucket, self._digests[-1])
+        with self._blaming_ranks():
+            self._plane.send(bucket, self._digests[-1])
 
     def verify(self) -> None:
         """Return when every rank of every server holds every byte as it was sent, or of every server that is left."""
@@ -273,7 +290,7 @@ class Fleet:
         decided = self._transaction is not None and self._transaction.decided
         if self._servers.quorum is None or decided or by_the_trainer(failure):
             return False
-        guilty = to_blame(self._servers.failed, len(self._servers)) or self._at_fault()
+        guilty = self._culprits or to_blame(self._servers.failed, len(self._servers)) or self._at_fault()
         if not guilty and self._tried_again:
             return False
         self._tried_again = self._tried_again or not guilty

@@ -95,13 +95,14 @@ class Leader:
             seconds=clock.seconds(),
             skew_s=self._skew_s,
             stood_still_s=self._fleet.stood_still_s,
-            staging=self._fleet.staging,
+            staging={name: way for name, way in self._fleet.staging.items() if name in self._fleet.names},
             servers=self._fleet.names,
             left_out=self._fleet.left_out,
         )
         return report.model_dump_json()
 
     def fail(self, failure: BaseException) -> None:
+        self._keeper.begin()
         self._fleet.fail(failure)
         self.end()
 

@@ -20,7 +20,7 @@ from types import TracebackType
 import torch
 from torch import nn
 
-from sender.checks import check_servers, check_version, check_ways
+from sender.checks import check_plane, check_servers, check_version, check_ways
 from sender.control import ControlClient, HttpControl
 from sender.fleet import Fleet, longest_push_s
 from sender.handle import PushHandle
@@ -83,6 +83,7 @@ class FP8Sender:
     ) -> None:
         check_servers(servers, quorum)
         staging = check_ways(in_flight, strict, staging)
+        check_plane(plane, timeout_s)
         self._config = config or FP8BlockConfig()
         self._bucket_bytes, self._timeout_s = bucket_bytes, timeout_s
         self._patience_s = longest_push_s(timeout_s)  # the other ranks wait for rank 0, all of its deadlines added up
@@ -98,7 +99,7 @@ class FP8Sender:
             staging=staging,
             quorum=quorum,
         )
-        self._quorum, self._turns, self._keeper = quorum, Turns(self._patience_s), Keeper(keep_snapshot)
+        self._quorum, self._turns, self._keeper = quorum, Turns(timeout_s), Keeper(keep_snapshot)
         self._leader = Leader(self._fleet, self._config, bucket_bytes, self._turns, self._keeper)
         self._planned: PushPlan | None = None
         self._pending: PushHandle | None = None
@@ -107,9 +108,10 @@ class FP8Sender:
 
     def prepare(self, model: nn.Module) -> PushPlan:
         """Collective. Plan and connect now, so that the first push is like the others. Optional."""
-        _, plan, _ = self._meet_and_plan("prepare", lambda: ModuleSource(model), PhaseClock())
-        self._leader.end()
-        return plan
+        with self._ending_its_turn():
+            _, plan, _ = self._meet_and_plan("prepare", lambda: ModuleSource(model), PhaseClock())
+            self._leader.end()
+            return plan
 
     def push(self, model: nn.Module, *, version: int | None = None) -> PushReport:
         """Collective. Returns when every server serves the weights of `model` as `version`.
@@ -136,15 +138,15 @@ class FP8Sender:
         Training may change the weights at once. No other call of this sender may come before `wait()`.
         """
         check_version(version)
-        clock = PhaseClock()
-        source, plan, lead = self._meet_and_plan("push_async", lambda: ModuleSource(model), clock)
-        snapshot: list[torch.Tensor] = []
-        for bucket in plan.layout.buckets:
-            with clock.phase("gather"), self._failing_loudly():
-                weights = source.gather(bucket.names)
-            with clock.phase("quantize"):
-                lead.run(self._leader.pack_into, snapshot, plan, bucket, weights)
-        source.release()
+        clock, snapshot = PhaseClock(), list[torch.Tensor]()
+        with self._ending_its_turn():
+            source, plan, lead = self._meet_and_plan("push_async", lambda: ModuleSource(model), clock)
+            for bucket in plan.layout.buckets:
+                with clock.phase("gather"), self._failing_loudly():
+                    weights = source.gather(bucket.names)
+                with clock.phase("quantize"):
+                    lead.run(self._leader.pack_into, snapshot, plan, bucket, weights)
+            source.release()
         self._pending = PushHandle(
             lambda: self._transfer(plan, lead, clock, snapshot, version),
             lambda: self._finish(plan, lead, clock, self._num_tries),
@@ -203,12 +205,15 @@ class FP8Sender:
     def _push(self, make_source: Callable[[], WeightSource], version: int | None) -> PushReport:
         """All ranks try again as often as rank 0 finds servers to leave out (`quorum`)."""
         check_version(version)
-        while True:
-            with suppress(TryAgain):
-                return self._push_to_those_left(make_source, version)
-
-    def _push_to_those_left(self, make_source: Callable[[], WeightSource], version: int | None) -> PushReport:
         clock = PhaseClock()
+        with self._ending_its_turn():
+            while True:
+                with suppress(TryAgain):
+                    return self._push_to_those_left(make_source, version, clock)
+
+    def _push_to_those_left(
+        self, make_source: Callable[[], WeightSource], version: int | None, clock: PhaseClock
+    ) -> PushReport:
         source, plan, lead = self._meet_and_plan("push", make_source, clock)
         with clock.phase("plan"):
             lead.run(self._leader.begin, version)
@@ -261,6 +266,16 @@ class FP8Sender:
             lead, source = Lead(self._ranks), make_source()
             with suppress(TryAgain), clock.phase("plan"):
                 return source, self._plan(source, lead, same_plan), lead
+
+    @contextmanager
+    def _ending_its_turn(self) -> Iterator[None]:
+        """Whatever a push ends with, on the thread that began it: others have their turn, servers are told."""
+        try:
+            yield
+        except BaseException as error:
+            if self._turns.pushing:
+                self._fail(error)
+            raise
 
     @contextmanager
     def _failing_loudly(self) -> Iterator[None]:

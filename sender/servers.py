@@ -71,6 +71,8 @@ class Servers:
             raise ConfigError(f"{name} is none of the servers: {list(self._clients)}")
         if len(self._clients) == 1:
             raise ConfigError(f"{name} is the last server: close the sender")
+        if self.quorum is not None and len(self._clients) <= self.quorum:
+            raise ConfigError(f"{name} is needed for quorum={self.quorum}: add another server first")
 
     def remove(self, name: str) -> None:
         self._clients.pop(name).close()
@@ -135,19 +137,23 @@ class Servers:
         self.failed = {name: found for name, found in outcomes.items() if isinstance(found, Fp8SyncError)}
         return {name: found for name, found in outcomes.items() if isinstance(found, wire.Reply)}, self.failed
 
-    def tell(self, message: BaseModel, names: Iterable[str] | None = None) -> None:
-        """Tell all servers that still answer, also those left out, or those named, whatever they say to it."""
+    def tell(self, message: BaseModel, names: Iterable[str] | None = None, insist: bool = False) -> None:
+        """Tell all servers that still answer, also those left out, or those named, whatever they say to it.
+
+        `insist`: also those that have been silent, for a shorter time.
+        """
+        goodbye_s = min(self._goodbye_s, _SUSPECT_S) if insist else self._goodbye_s
 
         def tell(server: ControlClient) -> None:
             try:
-                server.call(message, self._goodbye_s)
+                server.call(message, goodbye_s)
             except ServerUnreachableError:
                 self._silent.add(server.name)
             except Fp8SyncError as error:
                 logger.debug("fp8sync: %s", error)
 
         told = [self._clients[name] for name in (self._clients if names is None else names)]
-        list(self._pool.map(tell, [server for server in told if server.name not in self._silent]))
+        list(self._pool.map(tell, [server for server in told if insist or server.name not in self._silent]))
 
     def forgive(self) -> None:
         """The session is over: servers that were silent are told of the next one again, unless they are left out."""

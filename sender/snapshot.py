@@ -8,8 +8,8 @@ import torch
 
 from sender.fleet import Fleet
 from sender.plan import PushPlan
-from shared.errors import ConfigError, Fp8SyncError, PlanError, PushError
-from shared.protocol import Describe
+from shared.errors import ConfigError, Fp8SyncError, PlanError, PushError, StaleVersionError
+from shared.protocol import Describe, Reply
 
 
 @dataclass(frozen=True)
@@ -66,18 +66,31 @@ class Keeper:
     def bring_up(self, fleet: Fleet) -> tuple[str, ...]:
         """Feed every server that does not serve the last version, one by one; their names.
 
-        Raises: ConfigError: nothing is kept. PushError, after all were tried: what kept one from it, or a list.
+        Raises: ConfigError: nothing is kept. StaleVersionError: one has a newer version. PushError, after all were
+        tried: what kept one from it, or a list.
         """
         if (last := self._last) is None:
             raise ConfigError("no snapshot to catch up from: FP8Sender(keep_snapshot=True), and a push")
-        fleet.close_session("a server is fed alone")
-        fed, failed = [], dict[str, Fp8SyncError]()
+        replies, failed = dict[str, Reply](), dict[str, Fp8SyncError]()
         for client in fleet.clients:
             try:
-                reply = client.call(Describe(), fleet.answer_s)
-                if reply.fence is not None or reply.version != last.version:
-                    last.feed(fleet.of_one(client))
-                    fed.append(client.name)
+                replies[client.name] = client.call(Describe(), fleet.answer_s)
+            except Fp8SyncError as error:
+                failed[client.name] = error
+        newest = max((reply.version for reply in replies.values()), default=0)
+        if newest > last.version:  # two versions would be served
+            raise StaleVersionError(
+                f"version {newest} is served and the snapshot is version {last.version}: the next push reaches all"
+            )
+        fleet.close_session("a server is fed alone")
+        fed = []
+        for client in fleet.clients:
+            reply = replies.get(client.name)
+            if reply is None or (reply.fence is None and reply.version == last.version):
+                continue
+            try:
+                last.feed(fleet.of_one(client))
+                fed.append(client.name)
             except Fp8SyncError as error:
                 failed[client.name] = error
         if len(failed) == 1:

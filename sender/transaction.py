@@ -46,14 +46,15 @@ class Transaction:
 
         Raises: CommitError: names the servers that committed and those that did not.
         """
-        try:
-            self._promise()
-            return self._publish()
-        finally:
-            self._doors.release(self._session, self._version)
+        left_out = self._promise()
+        skew_s = self._publish()
+        # Not where it failed: there `Abort` goes first, because a door that opens before it breaks a promise.
+        self._doors.release(self._session, self._version)
+        self._servers.tell(self.abort("left out of this push"), left_out, insist=True)  # a promise may stand there
+        return skew_s
 
-    def _promise(self) -> None:
-        """With a quorum, servers that cannot promise are left out: nothing is decided yet."""
+    def _promise(self) -> Failed:
+        """With a quorum, servers that cannot promise are left out, and returned: nothing is decided yet."""
         several, failed = len(self._servers) > 1, Failed()
         to_hold = [name for name in self._servers.names if self._strict and not self._doors.is_shut(name)]
         if to_hold:
@@ -73,6 +74,7 @@ class Transaction:
             self._servers.go_on_without(failed)
             self._servers.tell(self.abort("left out of this push"), failed)
         logger.debug("fp8sync: decided: %s take version %d", self._servers.names, self._version)
+        return failed
 
     def _publish(self) -> float:
         commit = wire.Commit(
@@ -81,8 +83,10 @@ class Transaction:
         commits = [commit.model_copy(update={"held": self._doors.is_shut(name)}) for name in self._servers.names]
         asked, answered = time.monotonic(), dict[str, float]()
         _, failed = self._servers.try_each(commits, self._doors.drained_s, answered)
-        self._doors.stood_still_s = {name: at - asked for name, at in answered.items()}
+        if self._in_flight != "keep":
+            self._doors.stood_still_s = {name: at - asked for name, at in answered.items()}
         if len(self._servers) == 1 and failed:
+            self.decided = True  # as far as anybody knows: nobody is asked again
             raise next(iter(failed.values()))
         if failed:
             self._sort_out(dict(failed))
@@ -90,17 +94,18 @@ class Transaction:
 
     def _sort_out(self, failed: Failed) -> None:
         """Not all have confirmed. Returns if all have committed after all, or a quorum has."""
-        silent = {name for name, error in failed.items() if isinstance(error, ServerUnreachableError)}
-        if silent:  # its answer may have been lost, and not its commit
-            replies, unheard = self._servers.try_each(wire.Describe(), self._servers.answer_s)
-            for name in silent & replies.keys():
-                if replies[name].version == self._version and replies[name].fence is None:
-                    del failed[name]
-            silent &= unheard.keys()
+        self.decided = True  # for those that were silent: they may have committed, or be about to
+        silent = [name for name, error in failed.items() if isinstance(error, ServerUnreachableError)]
+        replies, unheard = self._servers.try_each(
+            self.abort("it did not confirm its commit"), self._servers.answer_s, names=silent
+        )
+        for name, reply in replies.items():
+            if reply.version == self._version and reply.fence is None:
+                del failed[name]  # its answer was lost, and not its commit
         if not failed:
             return
         done = [name for name in self._servers.names if name not in failed]
-        self.decided = bool(done or silent)
+        self.decided = bool(done or unheard)
         if not self.decided:
             raise CommitError(f"version {self._version} is served by no server: {failed}")
         self._servers.tell(self.abort("it did not confirm its commit"), failed)
@@ -109,7 +114,7 @@ class Transaction:
             return
         raise CommitError(
             f"version {self._version} is served by {done or 'no server'} but not by these, which are fenced, or "
-            f"will be within {self._timeout_s:.0f} s and a minute if they hear nothing: {failed}"
+            f"will be when their promise runs out, if they hear nothing: {failed}"
         )
 
     def abort(self, reason: str) -> wire.Abort:

@@ -21,6 +21,10 @@ class Turns:
             raise ServerBusyError("a catch_up of this sender is still at work: push again")
         self._pushing = True
 
+    @property
+    def pushing(self) -> bool:
+        return self._pushing
+
     def end_push(self) -> None:
         if self._pushing:
             self._pushing = False

@@ -73,7 +73,14 @@ class StaleVersionError(PushError):
 
 
 class TransferError(PushError):
-    """Bytes did not arrive whole: connection lost, deadline passed, or the digest of a bucket differs."""
+    """Bytes did not arrive whole: connection lost, deadline passed, or the digest of a bucket differs.
+
+    `ranks`: those of the data plane that are known to be the cause, from 0, the first rank of the first server.
+    """
+
+    def __init__(self, message: str, ranks: tuple[int, ...] = ()) -> None:
+        self.ranks = ranks
+        super().__init__(message)
 
 
 class CommitError(PushError):

@@ -330,7 +330,7 @@ def test_the_schedulers_hear_of_it_before_the_door_opens(monkeypatch: pytest.Mon
         assert not door.excludes
 
     _, events = run_early(steps, monkeypatch)
-    assert events == ["shut (wait)", "prepare", "begin", "commit", "release", "open"]
+    assert events == ["prepare", "shut (wait)", "prepare", "begin", "commit", "release", "open"]
 
 
 @pytest.mark.parametrize("hold", [None, HOLD, EARLY.model_copy(update={"version": 5})])
@@ -392,4 +392,4 @@ def test_a_sender_that_is_gone_does_not_keep_the_next_one_waiting(monkeypatch: p
         await schedulers.door.release("t")
 
     events = run_early(steps, monkeypatch)[1]
-    assert events[2:] == ["begin", "release", "open", "shut (wait)", "prepare", "release", "open"]
+    assert events[3:] == ["begin", "release", "open", "prepare", "shut (wait)", "prepare", "release", "open"]

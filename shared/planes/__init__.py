@@ -1,6 +1,6 @@
 """Data planes: how flat uint8 buckets get from the sender to every receiver rank. One file each, both halves.
 
-A plane is opened from a `Rendezvous`, on the sender with `open_sender`, on each receiver rank with `open_receiver`.
+A plane is opened from a `Rendezvous`, on the sender by `sender/fleet.py`, on each receiver rank by `open_receiver`.
 """
 
 from __future__ import annotations

@@ -66,7 +66,8 @@ class SocketSender:
         if missing:
             raise TransferError(
                 f"the data plane did not come together in {rendezvous.timeout_s:.0f} s: "
-                f"server rank(s) {missing[:20]} of {expected} did not join"
+                f"server rank(s) {missing[:20]} of {expected} did not join",
+                tuple(missing),
             )
         self._pool = ThreadPoolExecutor(max_workers=expected, thread_name_prefix="fp8sync-send")
 
@@ -87,6 +88,7 @@ class SocketSender:
                 connection, _ = self._listener.accept()
             except OSError:  # no longer listening
                 return
+            _keep_alive(connection)
             if at_the_door.acquire(blocking=False):
                 threading.Thread(target=greet, args=(connection,), name="fp8sync-greet", daemon=True).start()
             else:
@@ -117,8 +119,8 @@ class SocketSender:
             try:
                 _send_all(self._ranks[rank], header, deadline)
                 _send_all(self._ranks[rank], data, deadline)
-            except OSError as error:
-                raise TransferError(f"server rank {rank} left the data plane: {error}") from error
+            except (OSError, TransferError) as error:
+                raise TransferError(f"server rank {rank} left the data plane: {error}", (rank,)) from error
 
         done, _ = wait([self._pool.submit(serve, rank) for rank in self._ranks], return_when=FIRST_EXCEPTION)
         for served in done:
@@ -149,6 +151,7 @@ class SocketReceiver:
         deadline = time.monotonic() + rendezvous.timeout_s
         try:
             self._sender = socket.create_connection((rendezvous.host, rendezvous.port), timeout=rendezvous.timeout_s)
+            _keep_alive(self._sender)
         except OSError as error:
             raise TransferError(f"cannot reach the sender: {error}") from error
         try:
@@ -235,6 +238,14 @@ def _set_deadline(connection: socket.socket, option: int, deadline: float) -> No
 
 def _bytes_of(host: torch.Tensor) -> memoryview:
     return memoryview(host.numpy())  # type: ignore[arg-type]
+
+
+def _keep_alive(connection: socket.socket) -> None:
+    """A host that went down, or a path that a firewall forgot, is noticed within a minute, also between pushes."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3)):
+        if hasattr(socket, option):  # not on every system
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
 
 def _end(connection: socket.socket) -> None:

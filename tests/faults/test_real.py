@@ -116,7 +116,7 @@ def test_a_sender_is_frozen_past_its_deadline(pair: Pair, stage: str) -> None:
     assert found is not None
     ends = pair.ends(2 * SHORT_S + SLACK_S)
     if not found["kind"]:
-        assert stage in ("ask offer", "ask open", "ask begin") and ends == ["new", "new"]
+        assert stage not in ("send", "ask verify") and ends == ["new", "new"]  # no deadline of it had passed
         return
     check_ends_of_a_lost_sender(ends, stage)
 
