@@ -177,8 +177,9 @@ class Door:
         """Return when the push that the door is held for is dead, or too late; and why."""
         start = time.monotonic()
         while (held_s := time.monotonic() - start) < message.hold_s:
-            await asyncio.sleep(min(_WATCH_S, message.hold_s - held_s))
-            if time.monotonic() - start >= message.hold_s:
+            left_s = message.hold_s - held_s
+            await asyncio.sleep(min(_WATCH_S, left_s))
+            if left_s <= _WATCH_S:
                 break
             async with self._committing:
                 held = self._held

@@ -270,10 +270,11 @@ class FP8Sender:
     @contextmanager
     def _ending_its_turn(self) -> Iterator[None]:
         """Whatever a push ends with, on the thread that began it: others have their turn, servers are told."""
+        under_way = self._turns.is_mine  # of a `push_async`, which a second push does not end
         try:
             yield
         except BaseException as error:
-            if self._turns.pushing:
+            if self._turns.is_mine and not under_way:
                 self._fail(error)
             raise
 

@@ -14,16 +14,18 @@ class Turns:
 
     def __init__(self, patience_s: float) -> None:
         self._lock, self._pushing, self._patience_s = threading.Lock(), False, patience_s
+        self._thread = 0
 
     def begin_push(self) -> None:
         """Nothing if the push has its turn already. Raises: ServerBusyError: what came between does not end."""
         if not self._pushing and not self._lock.acquire(timeout=self._patience_s):
             raise ServerBusyError("a catch_up of this sender is still at work: push again")
-        self._pushing = True
+        self._pushing, self._thread = True, threading.get_ident()
 
     @property
-    def pushing(self) -> bool:
-        return self._pushing
+    def is_mine(self) -> bool:
+        """Whether a push that has its turn began on this thread."""
+        return self._pushing and self._thread == threading.get_ident()
 
     def end_push(self) -> None:
         if self._pushing:
