@@ -84,14 +84,17 @@ def test_both_replicas_equal_a_checkpoint_load(server: LocalServer, model: nn.Mo
 
 def test_requests_of_both_go_on_across_a_commit(server: LocalServer, model: nn.Module) -> None:
     """Each replica commits at a time of its own; what is said of a token is what its replica did."""
-    prompt, num_tokens = PROMPTS[0], 400
+    prompt, num_tokens = PROMPTS[0], 480
     with closing(Asking(server)) as ask, FP8Sender([server.url], in_flight="keep") as sender:
-        before = sender.push(make_model(5, **CHANGES)).version
-        old = ask.now(prompt, num_tokens)["output_ids"]
-        streams = [ask.stream(prompt, num_tokens, routed_dp_rank=replica) for replica in range(2)]
-        for stream, _ in streams:
-            stream.until(20)
-        after = sender.push(model).version
+        for _ in range(5):  # until a commit comes while both run: on a busy machine they may have ended before
+            before = sender.push(make_model(5, **CHANGES)).version
+            old = ask.now(prompt, num_tokens)["output_ids"]
+            streams = [ask.stream(prompt, num_tokens, routed_dp_rank=replica) for replica in range(2)]
+            for stream, _ in streams:
+                stream.until(5)
+            after = sender.push(model).version
+            if not any(done.done() for _, done in streams):
+                break
         for stream, done in streams:
             done.result()
             switched = stream.spans[0]["end"]
