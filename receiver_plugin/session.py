@@ -21,7 +21,7 @@ import torch
 from receiver_plugin.staging import Staging
 from shared.buckets import Layout
 from shared.digest import digest
-from shared.errors import Fp8SyncError, PushError, TransferError
+from shared.errors import Fp8SyncError, ReceiveError, TransferError
 from shared.planes import ReceiveHalf
 from shared.protocol import Open, StagingWay
 
@@ -81,7 +81,7 @@ class Transfer:
     def verify(self, digests: tuple[int, ...]) -> None:
         """Raises: TransferError: something did not arrive, or not as it was sent."""
         if self.error is not None:
-            raise TransferError(self.error)
+            raise (ReceiveError if self.own_fault else TransferError)(self.error)
         if len(digests) != len(self.digests):
             raise TransferError(f"{len(self.digests)} buckets arrived, {len(digests)} were sent")
         wrong = [index for index, (got, sent) in enumerate(zip(self.digests, digests, strict=True)) if got != sent]
@@ -149,7 +149,7 @@ class Session:
 
     def transfer_of(self, version: int) -> Transfer:
         if self.transfer is None or self.transfer.version != version:
-            error = PushError if self._own_fault else TransferError
+            error = ReceiveError if self._own_fault else TransferError
             raise error(f"version {version} is not on its way to this server: {self.ended}")
         return self.transfer
 

@@ -10,6 +10,7 @@ from shared.errors import (
     NonFiniteWeightError,
     PlanError,
     RankMissingError,
+    ReceiveError,
     SessionLostError,
     StaleVersionError,
     TransferError,
@@ -24,7 +25,8 @@ def to_blame(failed: Mapping[str, Fp8SyncError], num_asked: int) -> Failed:
     A server that dies takes the transfer away from its peers, so bytes that did not arrive are blamed on a server only
     where others have them. One that lost the session was not asked for anything wrong: it may have a new one.
     """
-    own = {n: e for n, e in failed.items() if not isinstance(e, TransferError | SessionLostError)}
+    of_others = TransferError | SessionLostError
+    own = {n: e for n, e in failed.items() if isinstance(e, ReceiveError) or not isinstance(e, of_others)}
     if own or len(failed) == num_asked:
         return own
     return {name: error for name, error in failed.items() if isinstance(error, TransferError)}

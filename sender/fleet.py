@@ -25,7 +25,15 @@ from sender.transaction import Transaction
 from shared import protocol as wire
 from shared.buckets import make_layout
 from shared.digest import digest
-from shared.errors import ConfigError, Fp8SyncError, PushError, SessionLostError, StaleVersionError, TransferError
+from shared.errors import (
+    ConfigError,
+    Fp8SyncError,
+    PushError,
+    ReceiveError,
+    SessionLostError,
+    StaleVersionError,
+    TransferError,
+)
 from shared.planes import SendHalf
 from shared.planes.distributed import GroupSender
 from shared.planes.memory import MemoryPlane
@@ -240,12 +248,19 @@ class Fleet:
         self._servers.each_its_own([begin.model_copy(update={"held": name in held}) for name in self.names])
 
     def send(self, bucket: torch.Tensor, index: int) -> None:
-        """Send flat uint8 `bucket`; the buffer may be reused on return."""
+        """Send flat uint8 `bucket`; the buffer may be reused on return.
+
+        Raises: TransferError: it did not go out; where a server knows why, its `ReceiveError`.
+        """
         if self._plane is None:
             raise SessionLostError("the data plane is closed: push again")
         self._digests.append(digest(bucket, secret=self._secret, version=self._version, bucket=index))
-        with self._blaming_ranks():
-            self._plane.send(bucket, self._digests[-1])
+        try:
+            with self._blaming_ranks():
+                self._plane.send(bucket, self._digests[-1])
+        except TransferError as error:
+            self._culprits = self._at_fault() or self._culprits
+            raise next((e for e in self._culprits.values() if isinstance(e, ReceiveError)), error) from None
 
     def verify(self) -> None:
         """Return when every rank of every server holds every byte as it was sent, or of every server that is left."""
@@ -301,7 +316,7 @@ class Fleet:
     def _at_fault(self) -> Failed:
         """Where the data plane broke: the servers that are gone, and those that say that it was they."""
         verify = wire.Verify(session=self._session, version=self._version, digests=tuple(self._digests))
-        _, failed = self._servers.try_each(verify, self._servers.answer_s)
+        _, failed = self._servers.try_each(verify, self._servers.goodbye_s)
         return to_blame(failed, len(failed))
 
     def fail(self, reason: BaseException) -> None:

@@ -38,7 +38,7 @@ class Servers:
     def __init__(self, clients: Iterable[ControlClient], timeout_s: float, quorum: int | None = None) -> None:
         self._clients = {client.name: client for client in clients}
         self.quorum = quorum
-        self.answer_s, self._goodbye_s = min(CONTROL_TIMEOUT_S, timeout_s), min(_GOODBYE_S, timeout_s)
+        self.answer_s, self.goodbye_s = min(CONTROL_TIMEOUT_S, timeout_s), min(_GOODBYE_S, timeout_s)
         self._pool = ThreadPoolExecutor(_MOST_SERVERS_AT_ONCE, thread_name_prefix="fp8sync-control")
         self._silent: set[str] = set()  # servers that are not told that the session ends: they did not answer
         self._suspects: set[str] = set()
@@ -142,7 +142,7 @@ class Servers:
 
         `insist`: also those that have been silent, for a shorter time.
         """
-        goodbye_s = min(self._goodbye_s, _SUSPECT_S) if insist else self._goodbye_s
+        goodbye_s = min(self.goodbye_s, _SUSPECT_S) if insist else self.goodbye_s
 
         def tell(server: ControlClient) -> None:
             try:

@@ -83,6 +83,10 @@ class TransferError(PushError):
         super().__init__(message)
 
 
+class ReceiveError(TransferError):
+    """A server failed by itself while it took the bytes in; the message is its own."""
+
+
 class CommitError(PushError):
     """A server failed while it committed. It is fenced unless the message says that nothing was touched."""
 
@@ -112,6 +116,7 @@ _BY_NAME: dict[str, type[Fp8SyncError]] = {
         SessionLostError,
         StaleVersionError,
         TransferError,
+        ReceiveError,
         CommitError,
         ServerFencedError,
         VersionMismatchError,
