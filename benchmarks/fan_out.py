@@ -30,6 +30,7 @@ from receiver_plugin.receiver import Receiver
 from sender import FP8Sender
 from sender.report import PHASES, PushReport
 from shared import protocol
+from shared.config import FP8BlockConfig
 from shared.errors import ServerUnreachableError, error_from_wire
 from shared.launch import sglang_fp8_args
 from shared.numerics import scale_shape
@@ -203,7 +204,7 @@ def real_servers(most: int, num_pushes: int) -> None:
     model, before = make_model(1), None
     with tempfile.TemporaryDirectory() as folder, ExitStack() as running:
         config = str(write_config(Path(folder) / "model"))
-        args = [*sglang_fp8_args(config, protocol.FP8BlockConfig()), *CPU_ARGS, "--sleep-on-idle"]
+        args = [*sglang_fp8_args(config, FP8BlockConfig()), *CPU_ARGS, "--sleep-on-idle"]
         servers = [
             running.enter_context(LocalServer(args, Path(folder) / f"server-{number}.log")) for number in range(most)
         ]

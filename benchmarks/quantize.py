@@ -19,8 +19,9 @@ from torch import Tensor
 from sender.packer import Packer
 from sender.quantize import quantize_into
 from shared.buckets import Layout, make_layout
+from shared.config import FP8BlockConfig
 from shared.numerics import quantize_reference_into
-from shared.protocol import FP8BlockConfig, ManifestTensor
+from shared.protocol import ManifestTensor
 
 REPEATS = 20
 Shapes = list[tuple[str, int, int]]

@@ -26,8 +26,8 @@ import torch
 from examples.local_server import CPU_ARGS, LocalServer
 from examples.tiny_qwen3 import make_model, write_config
 from sender import FP8Sender
+from shared.config import FP8BlockConfig
 from shared.launch import sglang_fp8_args
-from shared.protocol import FP8BlockConfig
 
 OUT = Path("out/soak")
 NUM_CLIENTS, NEW_TOKENS = 2, 16

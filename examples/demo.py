@@ -24,8 +24,8 @@ from typing import Any
 
 from examples.local_server import CPU_ARGS, LocalServer, free_port
 from examples.tiny_qwen3 import write_config
+from shared.config import FP8BlockConfig
 from shared.launch import sglang_fp8_args
-from shared.protocol import FP8BlockConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "out" / "demo"

@@ -1,26 +1,22 @@
-"""The HTTP side of a server: the control route, and the fence that keeps requests from weights that must not be served.
+"""The HTTP side of a server: the control route, and what this process knows of the weights that requests would meet.
 
-Plain ASGI and starlette; it knows SGLang only through the `Channel` that it is given. Everything goes through SGLang's
-own HTTP server and its authentication.
-
-The fence holds in two places. `Gate` answers 503 at the door. A request may pass the door and then wait inside SGLang
-until a commit is over; so `Control.refuse_if_fenced` is called again where a request leaves for the schedulers.
+Plain starlette; it knows SGLang only through the `Channel` that it is given. Everything goes through SGLang's own HTTP
+server and its authentication.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable
 from typing import Any, Protocol
 
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
 from receiver_plugin.door import Door
+from receiver_plugin.gate import FencedError
 from receiver_plugin.replicas import merge
 from shared import protocol as wire
 from shared.errors import ConfigError, Fp8SyncError
@@ -29,39 +25,6 @@ logger = logging.getLogger(__name__)
 
 _PROMISE_SLACK_S = 60.0  # for the schedulers' own time to answer, once requests have ended
 
-# What a fenced server still answers: what one needs to see, drain, stop or heal it. Nothing here runs the model.
-_OPEN_WHILE_FENCED = {
-    wire.CONTROL_PATH,
-    wire.INFO_PATH,
-    "/model_info",
-    "/get_model_info",
-    "/server_info",
-    "/get_server_info",
-    "/weights_checker",
-    "/metrics",
-    "/metrics/",
-    "/v1/models",
-    "/flush_cache",
-    "/abort_request",
-    "/freeze_gc",
-    "/pause_generation",
-    "/continue_generation",
-    "/release_memory_occupation",
-    "/resume_memory_occupation",
-}
-# Routes that would let requests run beside a push that none may run beside.
-_NOT_WHILE_EXCLUDED = {"/pause_generation", "/continue_generation"}
-# Routes of SGLang that change weights or take them away; the schedulers fence on them, and so does this process.
-_CHANGE_WEIGHTS = {
-    "/update_weights_from_disk",
-    "/update_weights_from_tensor",
-    "/update_weights_from_distributed",
-    "/update_weights_from_ipc",
-    "/end_weight_update",
-    "/release_memory_occupation",
-    "/resume_memory_occupation",
-    "/weights_checker",
-}
 _STATUS = {
     "ConfigError": 400,
     "PlanError": 422,
@@ -94,14 +57,6 @@ class Channel(Protocol):
 
     def publish(self, version: int) -> None:
         """Let the replies of this process carry `version`."""
-
-
-class FencedError(HTTPException):
-    """A request met the fence."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(status_code=503, detail=_text(reason))
-        self.response = _refuse(reason)
 
 
 class Control:
@@ -283,50 +238,3 @@ async def _body(request: Request) -> bytes:
             raise ConfigError(f"a control message of more than {wire.MAX_BODY_BYTES} bytes")
         parts.append(part)
     return b"".join(parts)
-
-
-_Scope = MutableMapping[str, Any]
-_App = Callable[[_Scope, Any, Any], Awaitable[None]]
-
-
-class Gate:
-    """ASGI middleware: a fenced server answers 503, with the reason, to everything that would run its model."""
-
-    def __init__(self, app: _App, control: Control) -> None:
-        self._app, self._control = app, control
-
-    async def __call__(self, scope: _Scope, receive: Any, send: Any) -> None:
-        if scope["type"] not in ("http", "websocket"):
-            await self._app(scope, receive, send)
-            return
-        path = route_path(scope)
-        if path in _CHANGE_WEIGHTS:
-            await self._control.while_weights_change(self._app(scope, receive, send), path)
-        elif path in _NOT_WHILE_EXCLUDED and self._control.excludes:
-            text = f"{path} has to wait: no request may run before the push under way has ended"
-            await Response(text, status_code=409, headers={"Retry-After": "5"})(scope, receive, send)
-        elif path in _OPEN_WHILE_FENCED or (reason := await self._control.fence()) is None:
-            await self._app(scope, receive, send)
-        elif scope["type"] == "websocket":
-            await send({"type": "websocket.close", "code": 1013, "reason": "fenced"})
-        else:
-            await _refuse(reason)(scope, receive, send)
-
-
-def route_path(scope: _Scope) -> str:
-    """The path without the root path that a server behind a reverse proxy is given."""
-    path, root = str(scope["path"]), str(scope.get("root_path", "")).rstrip("/")
-    return path[len(root) :] if root and path.startswith(root + "/") else path
-
-
-def runs_the_model(path: str) -> bool:
-    return path not in _OPEN_WHILE_FENCED and path not in _CHANGE_WEIGHTS
-
-
-def _text(reason: str) -> str:
-    return f"fp8sync has fenced this server: {reason}. It serves again after the next full push."
-
-
-def _refuse(reason: str) -> Response:
-    body = {"error": {"type": "ServerFenced", "message": _text(reason), "code": 503}}
-    return Response(json.dumps(body), status_code=503, media_type="application/json", headers={"Retry-After": "5"})

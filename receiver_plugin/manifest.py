@@ -20,10 +20,11 @@ from receiver_plugin.held import destinations
 from receiver_plugin.ranks import Ranks, collect
 from receiver_plugin.recorder import Source
 from shared.buckets import DTYPE_NAMES, DTYPES
+from shared.config import FP8BlockConfig
 from shared.coverage import Box, uncovered
 from shared.errors import PlanError
 from shared.naming import scale_name, should_quantize_param
-from shared.protocol import FP8BlockConfig, ManifestTensor, TensorSpec
+from shared.protocol import ManifestTensor, TensorSpec
 
 _FP8 = torch.float8_e4m3fn
 # A copy_ between these changes no value, so the live parameter equals what a checkpoint load would have left there.

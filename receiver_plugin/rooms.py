@@ -81,13 +81,13 @@ def aligned(num_bytes: int) -> int:
     return -(-num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
-def obstacles(need: Need, memory: Memory) -> dict[StagingWay, str]:
-    """Why this rank cannot take a way, and what helps. A way that is not named can be taken."""
+def obstacles(need: Need, memory: Memory, wanted: StagingChoice) -> dict[StagingWay, str]:
+    """Why this rank cannot take a way, and what helps. A way that is not named can be taken, if it comes to that."""
     found: dict[StagingWay, str] = {}
-    wanted, held = need.image_bytes + need.bucket_bytes, 0 if memory.reserved is None else memory.reserved.numel()
-    if held < wanted:
-        text = f"{held / 1e9:.2f} GB are reserved of {wanted / 1e9:.2f} GB"
-        found["reserved"] = f"{text}: start the server with --fp8sync-staging {ceil(wanted / 1e7) / 100}"
+    total, held = need.image_bytes + need.bucket_bytes, 0 if memory.reserved is None else memory.reserved.numel()
+    if held < total:
+        text = f"{held / 1e9:.2f} GB are reserved of {total / 1e9:.2f} GB"
+        found["reserved"] = f"{text}: start the server with --fp8sync-staging {ceil(total / 1e7) / 100}"
     try:
         lent = sum(buffer.numel() for buffer in _lent(memory))
         if lent < need.image_bytes:
@@ -95,6 +95,8 @@ def obstacles(need: Need, memory: Memory) -> dict[StagingWay, str]:
             found["kv_pool"] = f"{text}: start the server with a higher --mem-fraction-static or --max-total-tokens"
     except CannotLendError as error:
         found["kv_pool"] = str(error)
+    if "reserved" not in found and wanted in ("auto", "reserved"):
+        return found  # no memory is taken from an engine for an answer that nobody needs
     try:
         _own(need.bucket_bytes, need.device)
     except PlanError as error:

@@ -58,7 +58,7 @@ class Sessions:
         join: Callable[[], ReceiveHalf],
     ) -> Session:
         """A new session; `make_staging(room)`. Raises: PlanError: no memory on some rank; there is no session then."""
-        way = choose(message.staging, collect(self._ranks, lambda: obstacles(need, self._memory)))
+        way = choose(message.staging, collect(self._ranks, lambda: obstacles(need, self._memory, message.staging)))
 
         def stage() -> Staging:
             self._closed = [session for session in self._closed if session.lingers]

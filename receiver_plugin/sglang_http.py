@@ -18,7 +18,8 @@ from sglang.srt.managers.io_struct import ContinueGenerationReqInput, PauseGener
 from sglang.srt.utils.auth import AuthLevel, auth_level
 from sglang.utils import TypeBasedDispatcher
 
-from receiver_plugin.http import Control, Gate
+from receiver_plugin.gate import Gate
+from receiver_plugin.http import Control
 from receiver_plugin.sglang_messages import Fp8SyncReqInput, Fp8SyncReqOutput
 from receiver_plugin.sglang_requests import attach_manager
 from receiver_plugin.version_headers import VersionHeaders

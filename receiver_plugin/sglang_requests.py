@@ -15,7 +15,8 @@ from weakref import WeakKeyDictionary
 
 from sglang.version import __version__ as SGLANG_VERSION
 
-from receiver_plugin.http import Control, FencedError
+from receiver_plugin.gate import FencedError
+from receiver_plugin.http import Control
 from receiver_plugin.sglang_surface import ENGINE, MANAGER, missing_of
 from receiver_plugin.version_headers import current
 from shared.errors import IncompatibleServerError, ServerFencedError
@@ -23,7 +24,7 @@ from shared.errors import IncompatibleServerError, ServerFencedError
 
 class _Attached(NamedTuple):
     control: Control
-    has_gate: bool  # requests have passed `receiver_plugin.http.Gate`, and so have routes that change weights
+    has_gate: bool  # requests have passed `receiver_plugin.gate.Gate`, and so have routes that change weights
 
 
 _attached: WeakKeyDictionary[Any, _Attached] = WeakKeyDictionary()  # by tokenizer manager

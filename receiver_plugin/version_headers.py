@@ -21,7 +21,7 @@ from typing import Any, Protocol
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 
-from receiver_plugin.http import route_path, runs_the_model
+from receiver_plugin.gate import route_path, runs_the_model
 from shared.errors import ConfigError, VersionMismatchError
 from shared.versions import END_HEADER, START_HEADER, Demand, end_comment
 

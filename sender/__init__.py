@@ -5,6 +5,6 @@ from sender.handle import PushHandle
 from sender.report import PushReport
 from sender.sender import FP8Sender
 from sender.source import Shard
-from shared.protocol import FP8BlockConfig
+from shared.config import FP8BlockConfig
 
 __all__ = ["FP8BlockConfig", "FP8Sender", "PushHandle", "PushReport", "Shard", "export_checkpoint"]

@@ -14,9 +14,9 @@ from sender.quantize import quantize
 from sender.ranks import Lead, TrainerRanks
 from sender.source import ModuleSource
 from shared.buckets import DTYPES
+from shared.config import FP8BlockConfig
 from shared.errors import ConfigError, NonFiniteWeightError
 from shared.naming import scale_name, should_quantize_param
-from shared.protocol import FP8BlockConfig
 
 _MAX_FILE_BYTES = 5 << 30
 

@@ -6,7 +6,6 @@ quorum the push is then made again without the servers that are to blame (`leave
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import secrets
 import socket
@@ -20,10 +19,12 @@ from sender.blame import Failed, by_the_trainer, to_blame
 from sender.control import ControlClient
 from sender.doors import Doors
 from sender.plan import PushPlan, agree
+from sender.rendezvous import JOIN_TIMEOUT_S, listen
 from sender.servers import CONTROL_TIMEOUT_S, Servers, check_info
 from sender.transaction import Transaction
 from shared import protocol as wire
 from shared.buckets import make_layout
+from shared.config import FP8BlockConfig
 from shared.digest import digest
 from shared.errors import (
     ConfigError,
@@ -35,20 +36,17 @@ from shared.errors import (
     TransferError,
 )
 from shared.planes import SendHalf
-from shared.planes.distributed import GroupSender
 from shared.planes.memory import MemoryPlane
 from shared.planes.signing import new_secret
-from shared.planes.sockets import SocketSender
 
 logger = logging.getLogger(__name__)
 
-_JOIN_TIMEOUT_S = 60.0
 _POLL_S, _LONGEST_POLL_S = 0.002, 0.05
 
 
 def longest_push_s(timeout_s: float) -> float:
     """The most that rank 0 can spend in one push: planning, holding, sending, verifying, committing, cleaning up."""
-    return 5 * timeout_s + _JOIN_TIMEOUT_S + 14 * CONTROL_TIMEOUT_S
+    return 5 * timeout_s + JOIN_TIMEOUT_S + 14 * CONTROL_TIMEOUT_S
 
 
 class Fleet:
@@ -60,7 +58,7 @@ class Fleet:
     def __init__(
         self,
         servers: Sequence[ControlClient],
-        config: wire.FP8BlockConfig,
+        config: FP8BlockConfig,
         plane: wire.PlaneName,
         timeout_s: float,
         *,
@@ -179,29 +177,16 @@ class Fleet:
     def _open(self, plan: PushPlan) -> None:
         self._session, self._secret = secrets.token_hex(16), new_secret()
         self._in_session = frozenset(self.names)
-        hosts = [server.local_host() for server in self._servers.clients]
-        host = next((h for h in hosts if not ipaddress.ip_address(h).is_loopback), hosts[0])  # reached from everywhere
-        plane: SocketSender | GroupSender | None = None
-        if self._plane_name != "memory":
-            # One bucket may take half of a push, so that a server that takes none does not fail the others.
-            plane = (GroupSender if self._plane_name == "gloo" else SocketSender)(host, self._timeout_s / 2)
-        key = secrets.token_hex(8)
-        first_ranks = [sum(self._num_ranks[:index]) for index in range(len(self._servers))]
+        listening = listen(
+            self._plane_name,
+            [server.local_host() for server in self._servers.clients],
+            self._num_ranks,
+            self._secret,
+            self._timeout_s,
+            self._make_memory_plane,
+        )
+        self._plane = listening.plane
         self._owners = [name for name, num in zip(self.names, self._num_ranks, strict=True) for _ in range(num)]
-        rendezvous = [
-            wire.Rendezvous(
-                plane=self._plane_name,
-                host=host,
-                port=plane.port if plane else 0,
-                key=key,
-                secret=self._secret,
-                world_size=1 + sum(self._num_ranks),
-                first_rank=first,
-                timeout_s=min(self._timeout_s, _JOIN_TIMEOUT_S),
-            )
-            for first in first_ranks
-        ]
-        self._plane = plane or self._make_memory_plane(rendezvous[0])
         replies = self._servers.each_its_own(
             [
                 wire.Open(
@@ -213,12 +198,11 @@ class Fleet:
                     staging=self._wanted,
                     rendezvous=mine,
                 )
-                for name, mine in zip(self.names, rendezvous, strict=True)
+                for name, mine in zip(self.names, listening.rendezvous, strict=True)
             ]
         )
-        if plane is not None:
-            with self._blaming_ranks():
-                plane.join(rendezvous[0])
+        with self._blaming_ranks():
+            listening.join()
         self.staging = {name: reply.staging for name, reply in replies.items() if reply.staging}
         if len(self.staging) != len(self._servers):
             raise PushError("a server did not say where it stages")

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from sender.triton_grouped import COPY_ELEMENTS, copy_many, quantize_many
 from shared.buckets import Bucket, Entry
+from shared.config import FP8BlockConfig
 from shared.errors import ConfigError
 from shared.numerics import BLOCK, WEIGHT_DTYPES
-from shared.protocol import FP8BlockConfig
 
 _Places = list[list[Any]]
 PackOne = Callable[[Entry, Tensor, Tensor], None]

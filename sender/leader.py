@@ -15,8 +15,8 @@ from sender.snapshot import Keeper
 from sender.source import WeightSource
 from sender.turns import Turns
 from shared.buckets import Bucket
+from shared.config import FP8BlockConfig
 from shared.errors import SessionLostError
-from shared.protocol import FP8BlockConfig
 
 
 class Leader:

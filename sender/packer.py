@@ -6,8 +6,8 @@ import torch
 
 from sender.quantize import backend_name, copy_into, quantize_into
 from shared.buckets import Bucket, Entry, Layout
+from shared.config import FP8BlockConfig
 from shared.errors import NonFiniteWeightError
-from shared.protocol import FP8BlockConfig
 
 
 class Packer:

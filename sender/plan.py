@@ -9,9 +9,10 @@ from math import prod
 from pydantic import TypeAdapter
 
 from shared.buckets import Layout, make_layout
+from shared.config import FP8BlockConfig
 from shared.errors import PlanError
 from shared.naming import should_quantize_param
-from shared.protocol import FP8BlockConfig, ManifestTensor, TensorSpec
+from shared.protocol import ManifestTensor, TensorSpec
 
 _MANIFEST = TypeAdapter(tuple[ManifestTensor, ...])
 

@@ -32,8 +32,9 @@ from sender.snapshot import Keeper
 from sender.source import ModuleSource, Shard, ShardSource, WeightSource
 from sender.turns import Turns
 from shared.buckets import DEFAULT_BUCKET_BYTES
+from shared.config import FP8BlockConfig
 from shared.errors import ConfigError, Fp8SyncError
-from shared.protocol import FP8BlockConfig, InFlight, PlaneName, StagingChoice
+from shared.protocol import InFlight, PlaneName, StagingChoice
 
 
 class FP8Sender:

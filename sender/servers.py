@@ -16,6 +16,7 @@ from pydantic import BaseModel
 
 from sender.control import ControlClient
 from shared import protocol as wire
+from shared.config import FP8BlockConfig
 from shared.errors import ConfigError, Fp8SyncError, IncompatibleServerError, PushError, ServerUnreachableError
 
 logger = logging.getLogger(__name__)
@@ -169,7 +170,7 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [""])[0]
 
 
-def check_info(name: str, info: Any, config: wire.FP8BlockConfig, in_flight: wire.InFlight) -> None:
+def check_info(name: str, info: Any, config: FP8BlockConfig, in_flight: wire.InFlight) -> None:
     """Raises: IncompatibleServerError: the server cannot take part in a push of this sender."""
     if info is None:
         raise IncompatibleServerError(f"{name} did not say what it is")

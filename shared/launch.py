@@ -15,8 +15,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from shared.config import FP8BlockConfig
 from shared.errors import ConfigError
-from shared.protocol import FP8BlockConfig
 
 _OPTIONS = ("--model-path", "--load-plugin", "--quantization", "--load-format", "--json-model-override-args")
 MODEL, PLUGIN, QUANTIZATION, LOAD_FORMAT, OVERRIDES = _OPTIONS

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from shared.config import FP8BlockConfig
 from shared.errors import ConfigError
-from shared.protocol import FP8BlockConfig
 
 WRAPPER_PARTS = frozenset({"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"})
 SCALE_SUFFIX = "_scale_inv"

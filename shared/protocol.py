@@ -1,4 +1,4 @@
-"""The wire schema: one FP8 configuration and every control message, as strict pydantic models.
+"""The wire schema: every control message, as strict pydantic models (`shared.config` has what they have in common).
 
 Order of messages in the life of a sender (S = sender, rank 0 of the trainer; R = every rank of a server):
 
@@ -23,11 +23,11 @@ Changing a golden byte in `tests/test_protocol.py` means raising `PROTOCOL_VERSI
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
+from shared.config import MOST_TENSORS, FP8BlockConfig, Name, WireModel
 from shared.errors import ConfigError, IncompatibleServerError
 
 PROTOCOL_VERSION = 3
@@ -51,11 +51,9 @@ Seconds = Annotated[float, Field(gt=0, le=LONGEST_DEADLINE_S, allow_inf_nan=Fals
 
 # Limits, far beyond what any model needs.
 MAX_BODY_BYTES = 64 << 20
-MOST_TENSORS = 1 << 18
 _MOST_PROBLEMS_TOLD = 5
 Word = Annotated[str, Field(max_length=256)]  # an id, a host, a hash
 Text = Annotated[str, Field(max_length=1 << 14)]
-Name = Annotated[str, Field(min_length=1, max_length=1024)]  # of a tensor or a module
 Shape = Annotated[tuple[Annotated[int, Field(ge=0, le=1 << 40)], ...], Field(max_length=8)]
 MOST_VERSION = (1 << 62) - 1
 Version = Annotated[int, Field(ge=0, le=MOST_VERSION)]
@@ -64,62 +62,7 @@ Digest = Annotated[int, Field(ge=0, lt=1 << 64)]
 Secret = Annotated[str, Field(pattern="^[0-9a-f]{64}$", repr=False)]
 
 
-class _Wire(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, hide_input_in_errors=True)
-
-
-class FP8BlockConfig(_Wire):
-    """How weights are quantized; one object drives server arguments, sender and manifest.
-
-    `None` in place of this object means that FP8 is off. `modules_to_not_convert` holds module paths (`lm_head`,
-    `model.layers.0.mlp`): a listed module and all below it stay in BF16.
-    """
-
-    block_size: tuple[Literal[128], Literal[128]] = (128, 128)
-    dtype: Literal["float8_e4m3fn"] = "float8_e4m3fn"
-    scale_fmt: Literal["fp32", "ue8m0"] = "fp32"
-    zero_scale: Literal["one", "floor"] = "one"
-    modules_to_not_convert: Annotated[tuple[Name, ...], Field(max_length=MOST_TENSORS)] = ()
-
-    def to_hf(self) -> dict[str, Any]:
-        """Hugging Face's `quantization_config` for a checkpoint quantized with this configuration."""
-        config: dict[str, Any] = {
-            "quant_method": "fp8",
-            "activation_scheme": "dynamic",
-            "fmt": "e4m3",
-            "weight_block_size": list(self.block_size),
-        }
-        if self.scale_fmt != "fp32":
-            config["scale_fmt"] = self.scale_fmt
-        if self.modules_to_not_convert:
-            config["modules_to_not_convert"] = list(self.modules_to_not_convert)
-        return config
-
-    @classmethod
-    def from_hf(cls, quantization_config: Mapping[str, Any] | None) -> FP8BlockConfig | None:
-        """The configuration that a Hugging Face `quantization_config` describes; empty or `None` means off.
-
-        Raises:
-            ConfigError: the method is not `fp8`, or blocks, activation scheme or format are not the supported ones.
-        """
-        if not quantization_config:
-            return None
-        hf = dict(quantization_config)
-        wanted = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
-        wrong = [f"{key}={hf.get(key)!r} (need {value!r})" for key, value in wanted.items() if hf.get(key) != value]
-        if hf.get("fmt", "e4m3") != "e4m3":
-            wrong.append(f"fmt={hf['fmt']!r} (need 'e4m3')")
-        if hf.get("scale_fmt") not in (None, "ue8m0"):
-            wrong.append(f"scale_fmt={hf['scale_fmt']!r} (need 'ue8m0' or none)")
-        if wrong:
-            raise ConfigError(f"quantization_config is not 128x128 block FP8: {', '.join(wrong)}")
-        return cls(
-            scale_fmt="ue8m0" if hf.get("scale_fmt") == "ue8m0" else "fp32",
-            modules_to_not_convert=tuple(hf.get("modules_to_not_convert") or ()),
-        )
-
-
-class TensorSpec(_Wire):
+class TensorSpec(WireModel):
     """A tensor as the trainer names it. `shape` is the whole (unsharded) shape, `dtype` that of the wire."""
 
     name: Name
@@ -133,7 +76,7 @@ class ManifestTensor(TensorSpec):
     quantized: bool
 
 
-class Rendezvous(_Wire):
+class Rendezvous(WireModel):
     """Where and as whom to join the data plane. Ranks of the plane: sender 0, then every server rank in order.
 
     `key` names the plane and is no secret; `secret` (32 bytes, hex) is what a rank proves to know, of one session.
@@ -149,19 +92,19 @@ class Rendezvous(_Wire):
     timeout_s: Seconds
 
 
-class Describe(_Wire):
+class Describe(WireModel):
     kind: Literal["describe"] = "describe"
     protocol: int = PROTOCOL_VERSION
 
 
-class Offer(_Wire):
+class Offer(WireModel):
     kind: Literal["offer"] = "offer"
     protocol: int = PROTOCOL_VERSION
     config: FP8BlockConfig
     tensors: Annotated[tuple[TensorSpec, ...], Field(max_length=MOST_TENSORS)]
 
 
-class Open(_Wire):
+class Open(WireModel):
     kind: Literal["open"] = "open"
     sender: Word
     session: Word
@@ -172,7 +115,7 @@ class Open(_Wire):
     rendezvous: Rendezvous
 
 
-class Begin(_Wire):
+class Begin(WireModel):
     """`held`: a Hold went before, so that no request runs; servers that do not stage in `reserved` memory demand it."""
 
     kind: Literal["begin"] = "begin"
@@ -182,14 +125,14 @@ class Begin(_Wire):
     held: bool = False
 
 
-class Verify(_Wire):
+class Verify(WireModel):
     kind: Literal["verify"] = "verify"
     session: Word
     version: Version
     digests: Annotated[tuple[Digest, ...], Field(max_length=MOST_TENSORS)]
 
 
-class Commit(_Wire):
+class Commit(WireModel):
     """`held`: a Hold went before, so that no request runs already; without it the commit drains by `in_flight`."""
 
     kind: Literal["commit"] = "commit"
@@ -200,7 +143,7 @@ class Commit(_Wire):
     held: bool = False
 
 
-class Hold(_Wire):
+class Hold(WireModel):
     """Drain within `drain_s`, say whether `before` would succeed, and admit nothing until Release or for `hold_s`.
 
     `promise`: as that of `Prepare`.
@@ -216,7 +159,7 @@ class Hold(_Wire):
     promise: bool = False
 
 
-class Release(_Wire):
+class Release(WireModel):
     """Admit requests again. What was not committed, and lies where requests would use it, is given up."""
 
     kind: Literal["release"] = "release"
@@ -224,7 +167,7 @@ class Release(_Wire):
     version: Version
 
 
-class Prepare(_Wire):
+class Prepare(WireModel):
     """Would `before` succeed now? Of a Commit: and for `hold_s` from now? Asked before what others take part in.
 
     `idle`: no request may run. `promise`: who says yes commits, goes back when it hears Abort, or is fenced: also if it
@@ -241,7 +184,7 @@ class Prepare(_Wire):
     promise: bool = False
 
 
-class Abort(_Wire):
+class Abort(WireModel):
     """Forget the push. `fence`: others have committed, so a server that promised and did not must not serve on."""
 
     kind: Literal["abort"] = "abort"
@@ -251,12 +194,12 @@ class Abort(_Wire):
     fence: bool = False
 
 
-class Close(_Wire):
+class Close(WireModel):
     kind: Literal["close"] = "close"
     session: Word
 
 
-class Probe(_Wire):
+class Probe(WireModel):
     """SHA-256 of the raw bytes of every parameter and buffer, per rank; for proofs, never part of a push."""
 
     kind: Literal["probe"] = "probe"
@@ -268,7 +211,7 @@ ControlMessage = Annotated[
 ]
 
 
-class ServerInfo(_Wire):
+class ServerInfo(WireModel):
     """What a server says of itself. `cannot_keep`: why it would refuse a commit that lets requests go on."""
 
     protocol: int
@@ -284,7 +227,7 @@ class ServerInfo(_Wire):
     cannot_keep: tuple[str, ...] = ()
 
 
-class WireError(_Wire):
+class WireError(WireModel):
     """An error of `shared.errors` on its way to the trainer."""
 
     kind: str
@@ -292,7 +235,7 @@ class WireError(_Wire):
     problems: tuple[str, ...] = ()
 
 
-class Reply(_Wire):
+class Reply(WireModel):
     """The answer of a server to any control message. Success is `error is None`; nothing else is.
 
     `exclusive`: a push is under way that writes where requests would use it, so that none may run.

@@ -13,7 +13,8 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket
 
-from receiver_plugin.http import Control, FencedError, Gate
+from receiver_plugin.gate import FencedError, Gate
+from receiver_plugin.http import Control
 from receiver_plugin.version_headers import VersionHeaders, current
 from shared import protocol
 from tests.test_http import FakeChannel

@@ -40,7 +40,7 @@ from receiver_plugin.staging import Staging
 from sender.packer import Packer
 from sender.source import ModuleSource
 from shared.buckets import make_layout
-from shared.protocol import FP8BlockConfig
+from shared.config import FP8BlockConfig
 
 KV_CACHE_SCALES = (".k_scale", ".v_scale")  # of attention, not in a checkpoint of weights
 

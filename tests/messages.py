@@ -7,7 +7,8 @@ from typing import get_args
 from pydantic import BaseModel
 
 from shared import protocol
-from shared.protocol import FP8BlockConfig, TensorSpec
+from shared.config import FP8BlockConfig
+from shared.protocol import TensorSpec
 
 SECRET = "5e" * 32
 RENDEZVOUS = protocol.Rendezvous(

@@ -37,7 +37,7 @@ class Guarded(Replicas):
         from sglang.srt.utils.auth import add_api_key_middleware
 
         from receiver_plugin import sglang_http
-        from receiver_plugin.http import Gate
+        from receiver_plugin.gate import Gate
 
         super().__init__()
         app = FastAPI()

@@ -16,7 +16,8 @@ from receiver_plugin.staging import Staging
 from sender.packer import Packer
 from sender.source import ModuleSource
 from shared.buckets import make_layout
-from shared.protocol import FP8BlockConfig, ManifestTensor
+from shared.config import FP8BlockConfig
+from shared.protocol import ManifestTensor
 from tests import tiny_models
 from tests.test_push_memory import checkpoint
 from tests.tiny_models import Served, Trainer

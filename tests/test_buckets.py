@@ -9,9 +9,10 @@ import torch
 
 from sender.packer import Packer
 from shared.buckets import ALIGNMENT_BYTES, Layout, make_layout
+from shared.config import FP8BlockConfig
 from shared.errors import ConfigError
 from shared.numerics import scale_shape
-from shared.protocol import PROTOCOL_VERSION, FP8BlockConfig, ManifestTensor
+from shared.protocol import PROTOCOL_VERSION, ManifestTensor
 
 
 def fp8(name: str, rows: int, cols: int) -> ManifestTensor:

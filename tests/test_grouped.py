@@ -18,9 +18,10 @@ pytest.importorskip("triton")
 from sender.grouped import GroupedBucket
 from sender.quantize import copy_into
 from shared.buckets import Bucket, Entry, Layout, make_layout
+from shared.config import FP8BlockConfig
 from shared.errors import ConfigError
 from shared.numerics import quantize_reference_into
-from shared.protocol import DTypeName, FP8BlockConfig, ManifestTensor
+from shared.protocol import DTypeName, ManifestTensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FP8: DTypeName = "float8_e4m3fn"

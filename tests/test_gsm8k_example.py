@@ -22,8 +22,8 @@ from examples.fsdp_gsm8k.rollout import Group
 from examples.fsdp_gsm8k.settings import Settings, load_settings
 from examples.fsdp_gsm8k.train import policy_loss
 from examples.local_server import CPU_ARGS, LocalServer, free_port
+from shared.config import FP8BlockConfig
 from shared.errors import ConfigError
-from shared.protocol import FP8BlockConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = (ROOT / "examples" / "fsdp_gsm8k" / "config.toml").read_text()

@@ -19,7 +19,8 @@ from starlette.routing import Route, WebSocketRoute
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from receiver_plugin.http import Control, FencedError, Gate
+from receiver_plugin.gate import FencedError, Gate
+from receiver_plugin.http import Control
 from shared import errors, protocol
 from shared.protocol import CONTROL_PATH, INFO_PATH
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from shared.config import FP8BlockConfig
 from shared.errors import ConfigError
 from shared.launch import holds_block_fp8_weights, sglang_fp8_args
-from shared.protocol import FP8BlockConfig
 
 CONFIG = FP8BlockConfig(modules_to_not_convert=("lm_head",))
 HF = CONFIG.to_hf()

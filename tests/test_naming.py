@@ -11,9 +11,9 @@ from sender.packer import Packer
 from sender.quantize import quantize
 from sender.source import ModuleSource
 from shared.buckets import make_layout
+from shared.config import FP8BlockConfig
 from shared.errors import ConfigError
 from shared.naming import canonical_name, pieces, scale_name, should_quantize_param
-from shared.protocol import FP8BlockConfig
 
 CONFIG = FP8BlockConfig(modules_to_not_convert=("model.layers.1", "model.layers.2.mlp.up_proj", "vision"))
 EXPERTS, INTER, HIDDEN = 3, 130, 96  # a ragged block row in every half

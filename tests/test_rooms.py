@@ -18,8 +18,8 @@ from receiver_plugin.windows import View
 from sender.packer import Packer
 from sender.source import ModuleSource
 from shared.buckets import make_layout
+from shared.config import FP8BlockConfig
 from shared.errors import PlanError
-from shared.protocol import FP8BlockConfig
 from tests.test_push_memory import expected
 from tests.tiny_models import FakeMemory, Served, Trainer
 
@@ -49,19 +49,19 @@ def test_an_image_is_aligned() -> None:
     ],
 )
 def test_the_best_way_that_there_is_memory_for(lent: FakeMemory, way: str) -> None:
-    assert choose("auto", [obstacles(NEED, lent)]) == way
+    assert choose("auto", [obstacles(NEED, lent, "auto")]) == way
 
 
 def test_the_weakest_rank_decides() -> None:
-    found = [obstacles(NEED, lent) for lent in (memory(4096, 4096), memory(0, 4096), memory(4096, 4096))]
+    found = [obstacles(NEED, lent, "auto") for lent in (memory(4096, 4096), memory(0, 4096), memory(4096, 4096))]
     assert choose("auto", found) == "kv_pool"
-    found.append(obstacles(NEED, memory(4096)))
+    found.append(obstacles(NEED, memory(4096), "auto"))
     assert choose("auto", found) == "in_place"
 
 
 @pytest.mark.parametrize("way", ["reserved", "kv_pool", "in_place"])
 def test_a_way_can_be_forced(way: Any) -> None:
-    assert choose(way, [obstacles(NEED, memory(4096, 4096))]) == way
+    assert choose(way, [obstacles(NEED, memory(4096, 4096), way)]) == way
 
 
 @pytest.mark.parametrize(
@@ -74,13 +74,20 @@ def test_a_way_can_be_forced(way: Any) -> None:
 )
 def test_what_cannot_be_forced_says_what_helps(way: Any, lent: FakeMemory, helps: str) -> None:
     with pytest.raises(PlanError, match=helps):
-        choose(way, [{}, obstacles(NEED, lent)])
+        choose(way, [{}, obstacles(NEED, lent, way)])
 
 
 def test_no_memory_for_a_bucket_is_no_memory_at_all() -> None:
     huge = Need({"a": 1000}, 1 << 60, torch.device("cpu"))
     with pytest.raises(PlanError, match=r"in_place: no memory for .*smaller bucket_bytes"):
-        choose("auto", [obstacles(huge, memory(0, 4096))])
+        choose("auto", [obstacles(huge, memory(0, 4096), "auto")])
+
+
+def test_a_bucket_that_is_not_needed_is_not_tried() -> None:
+    huge, plenty = Need({"a": 1000}, 1 << 60, torch.device("cpu")), memory(0, 4096)
+    plenty.reserved = torch.empty(1 << 61, dtype=torch.uint8, device="meta")
+    assert obstacles(huge, plenty, "auto") == obstacles(huge, plenty, "reserved") == {}
+    assert obstacles(huge, plenty, "in_place").keys() == {"kv_pool", "in_place"}
 
 
 def test_the_kv_cache_is_zero_before_and_after() -> None:

@@ -23,12 +23,14 @@ pytestmark = pytest.mark.server
 ENV = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1", "SGLANG_NCCL_SO_PATH": "none"}
 ARGS = [*CPU_ARGS, "--dp-size", "2"]
 PROMPTS = [[11, 12, 13], list(range(3, 40))]
+MORE_THAN_ARE_AWAITED = 1900
+CONFIG = {**CHANGES, "max_position_embeddings": 2000}
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
     folder = tmp_path_factory.mktemp("dp")
-    fp8 = sglang_fp8_args(str(write_config(folder / "no_weights", **CHANGES)), FP8BlockConfig())
+    fp8 = sglang_fp8_args(str(write_config(folder / "no_weights", **CONFIG)), FP8BlockConfig())
     with LocalServer([*fp8, *ARGS], folder / "pushed.log", env=ENV) as started:
         yield started.wait()
 
@@ -73,7 +75,7 @@ def test_both_replicas_equal_a_checkpoint_load(server: LocalServer, model: nn.Mo
     bytes_of_ranks, after = server.probe(), [replies_of(server, replica) for replica in range(2)]
     assert [versions(found) for found in (*before, *after)] == [{"1"}, {"1"}, {"2"}, {"2"}]
     assert output(before[0]) == output(before[1]) != output(after[0])
-    export_checkpoint(model, tmp_path / "checkpoint", hf_config=hf_config(**CHANGES))
+    export_checkpoint(model, tmp_path / "checkpoint", hf_config=hf_config(**CONFIG))
     args = ["--model-path", str(tmp_path / "checkpoint"), *CPU_ARGS]
     with LocalServer(args, tmp_path / "loaded.log", env={**ENV, "FP8SYNC_PROBE": "1"}) as loaded:
         loaded.wait()
@@ -84,26 +86,29 @@ def test_both_replicas_equal_a_checkpoint_load(server: LocalServer, model: nn.Mo
 
 def test_requests_of_both_go_on_across_a_commit(server: LocalServer, model: nn.Module) -> None:
     """Each replica commits at a time of its own; what is said of a token is what its replica did."""
-    prompt, num_tokens = PROMPTS[0], 480
+    prompt, first = PROMPTS[0], make_model(5, **CHANGES)
     with closing(Asking(server)) as ask, FP8Sender([server.url], in_flight="keep") as sender:
-        for _ in range(5):  # until a commit comes while both run: on a busy machine they may have ended before
-            before = sender.push(make_model(5, **CHANGES)).version
-            old = ask.now(prompt, num_tokens)["output_ids"]
-            streams = [ask.stream(prompt, num_tokens, routed_dp_rank=replica) for replica in range(2)]
-            for stream, _ in streams:
-                stream.until(5)
-            after = sender.push(model).version
-            if not any(done.done() for _, done in streams):
-                break
+        before = sender.push(first).version
+        streams = [ask.stream(prompt, MORE_THAN_ARE_AWAITED, routed_dp_rank=replica) for replica in range(2)]
+        for stream, _ in streams:
+            stream.until(5)
+        after = sender.push(model).version
+        for stream, _ in streams:
+            stream.until(20)
+        assert server.post("/abort_request", {"abort_all": True}).status_code == 200
         for stream, done in streams:
             done.result()
-            switched = stream.spans[0]["end"]
             assert [span["version"] for span in stream.spans] == [str(before), str(after)]
-            assert stream.tokens[:switched] == old[:switched] and len(stream.tokens) == num_tokens
         again = [ask.now(prompt, routed_dp_rank=replica) for replica in range(2)]
         fresh = [replies_of(server, replica)[0] for replica in range(2)]
-    assert [cached(reply) for reply in again] == [0, 0]
-    assert all(a["output_ids"] == f["output_ids"][:8] for a, f in zip(again, fresh, strict=True))
+        assert [cached(reply) for reply in again] == [0, 0]
+        assert all(a["output_ids"] == f["output_ids"][:8] for a, f in zip(again, fresh, strict=True))
+        sender.push(first)
+        for stream, _ in streams:
+            switched = stream.spans[0]["end"]
+            old = ask.now(prompt, switched + 8)["output_ids"]
+            assert stream.tokens[:switched] == old[:switched]
+            assert stream.tokens[switched : switched + 8] != old[switched:]
 
 
 def test_another_sender_may_take_over(server: LocalServer, model: nn.Module) -> None:
@@ -114,7 +119,7 @@ def test_another_sender_may_take_over(server: LocalServer, model: nn.Module) -> 
 
 
 def test_a_stock_update_fences_both_until_the_next_push(server: LocalServer, model: nn.Module, tmp_path: Path) -> None:
-    export_checkpoint(model, tmp_path / "checkpoint", hf_config=hf_config(**CHANGES))
+    export_checkpoint(model, tmp_path / "checkpoint", hf_config=hf_config(**CONFIG))
     server.post("/update_weights_from_disk", {"model_path": str(tmp_path / "checkpoint")})
     found = server.http.get("/fp8sync/info").json()
     assert found["state"] == "FENCED" and "UpdateWeightFromDisk" in found["fence"]

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from shared.protocol import FP8BlockConfig
+from shared.config import FP8BlockConfig
 
 COMMON = {
     "hidden_size": 256,

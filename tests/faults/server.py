@@ -25,7 +25,8 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from receiver_plugin.http import Control, Gate
+from receiver_plugin.gate import Gate
+from receiver_plugin.http import Control
 from receiver_plugin.probe import fingerprint
 from receiver_plugin.receiver import Receiver
 from shared import errors, protocol

@@ -14,8 +14,8 @@ import pytest
 from examples.local_server import LocalServer
 from examples.tiny_qwen3 import make_model, write_config
 from sender import FP8Sender
+from shared.config import FP8BlockConfig
 from shared.launch import sglang_fp8_args
-from shared.protocol import FP8BlockConfig
 from tests.gpu.test_real_server import GPU_ARGS, START_S
 from tests.server_fixtures import CHANGES
 from tests.test_server_keep import PROMPT, SHARED, Asking, cached, without_attention

@@ -16,8 +16,8 @@ from examples.local_server import LocalServer
 from examples.tiny_qwen3 import hf_config, make_model, write_config
 from sender import FP8Sender, export_checkpoint
 from sender.quantize import backend_name
+from shared.config import FP8BlockConfig
 from shared.launch import sglang_fp8_args
-from shared.protocol import FP8BlockConfig
 
 CHANGES = {"hidden_size": 256}
 PROMPTS = [[11, 12, 13], [100, 200, 300, 400, 500], list(range(3, 40)), [999, 3, 999]]

@@ -10,8 +10,9 @@ import torch
 from examples.local_server import LocalServer
 from examples.tiny_qwen3 import hf_config, make_model, write_config
 from sender import FP8Sender, export_checkpoint
+from shared.config import FP8BlockConfig
 from shared.launch import sglang_fp8_args
-from shared.protocol import FP8BlockConfig, InFlight
+from shared.protocol import InFlight
 from tests.gpu.test_real_server import GPU_ARGS, PROMPTS, START_S
 from tests.server_fixtures import CHANGES
 
