@@ -10,6 +10,7 @@ import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, Protocol
 
+from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
@@ -53,6 +54,9 @@ _Scope = MutableMapping[str, Any]
 _App = Callable[[_Scope, Any, Any], Awaitable[None]]
 
 
+_HEALTH = {"/health", "/health_generate"}
+
+
 class FencedError(HTTPException):
     """A request met the fence."""
 
@@ -63,6 +67,14 @@ class FencedError(HTTPException):
 
 class Fence(Protocol):
     """What the gate asks: `receiver_plugin.http.Control`."""
+
+    @property
+    def version(self) -> int:
+        """The version that requests are served with."""
+
+    @property
+    def state(self) -> wire.ServerState:
+        """Of a push, as far as it is known."""
 
     @property
     def excludes(self) -> bool:
@@ -86,6 +98,8 @@ class Gate:
             await self._app(scope, receive, send)
             return
         path = route_path(scope)
+        if path in _HEALTH:
+            send = self._naming_state(send)
         if path in _CHANGE_WEIGHTS:
             await self._control.while_weights_change(self._app(scope, receive, send), path)
         elif path in _NOT_WHILE_EXCLUDED and self._control.excludes:
@@ -97,6 +111,20 @@ class Gate:
             await send({"type": "websocket.close", "code": 1013, "reason": "fenced"})
         else:
             await _refuse(reason)(scope, receive, send)
+
+    def _naming_state(self, send: Any) -> Any:
+        """`send`, with headers for who drains or restarts servers by their health."""
+
+        async def send_named(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                headers["x-fp8sync-state"], headers["x-fp8sync-version"] = (
+                    self._control.state,
+                    str(self._control.version),
+                )
+            await send(message)
+
+        return send_named
 
 
 def route_path(scope: _Scope) -> str:

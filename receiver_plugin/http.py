@@ -70,12 +70,22 @@ class Control:
         self._looking: asyncio.Task[wire.Reply] | None = None
         self._fence: str | None = "its schedulers have not yet said whether their weights may be served"
         self._published = 0
+        self._told: wire.ServerState = "SERVING"  # by the schedulers, last
         self._labels: set[str] = set()  # of all versions that were served here
 
     @property
     def version(self) -> int:
         """The version that requests are served with."""
         return self._published
+
+    @property
+    def state(self) -> wire.ServerState:
+        """As far as this process knows; it asks again where a push was under way, and answers with that next time."""
+        if self._fence is not None:
+            return "FENCED"
+        if self._told not in ("SERVING", "FENCED"):
+            self._look_again()
+        return self._told
 
     @property
     def coming(self) -> int | None:
@@ -193,7 +203,7 @@ class Control:
             self._promised_until = None
         elif reply.error is None:
             self._note_promise(message)
-        self._known, self._fence = True, reply.fence
+        self._known, self._fence, self._told = True, reply.fence, reply.state
         if reply.exclusive and not self._door.excludes:
             self._fence = self._fence or "a push is writing where requests would run, and its door is not shut"
         self._overdue()

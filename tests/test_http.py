@@ -49,6 +49,7 @@ class FakeChannel:
         self.events: list[str] = []
         self.on_message: Callable[[Any], protocol.WireError | None] = lambda message: None
         self.drain_s = self.answer_s = 0.0
+        self.state: protocol.ServerState = "SERVING"
 
     async def ask(self, message: Any) -> tuple[protocol.Reply, ...]:
         decoded = protocol.decode_message(message.model_dump_json())
@@ -58,7 +59,7 @@ class FakeChannel:
         error = self.on_message(decoded)
         if isinstance(decoded, protocol.Commit) and error is None:
             self.version, self.fence = decoded.version, None
-        state: protocol.ServerState = "FENCED" if self.fence else "SERVING"
+        state: protocol.ServerState = "FENCED" if self.fence else self.state
         return (protocol.Reply(state=state, version=self.version, fence=self.fence, error=error),)
 
     @asynccontextmanager
@@ -108,6 +109,23 @@ class Server:
 
     def serves(self) -> bool:
         return self.client.post("/generate").text == "served"
+
+    def health(self) -> tuple[int, str, str]:
+        found = self.client.get("/health")
+        return found.status_code, found.headers["x-fp8sync-state"], found.headers["x-fp8sync-version"]
+
+
+def test_health_names_the_state_and_the_version() -> None:
+    server = Server(fence="random weights")
+    assert server.health() == (503, "FENCED", "0")
+    server.send(COMMIT)
+    assert server.health() == (200, "SERVING", "4")
+    server.channel.state = "RECEIVING"
+    server.send(protocol.Describe())
+    server.channel.state = "SERVING"  # its sender died, and nobody tells this process
+    with server.client:  # one event loop, as a server has
+        assert server.health() == (200, "RECEIVING", "4")
+        assert server.health() == (200, "SERVING", "4")
 
 
 # ---- the gate

@@ -72,7 +72,12 @@ def test_a_push_equals_a_checkpoint_load(
     assert {reply["weight_version"] for reply in replies} == {"2"}
     assert {reply["weight_version"] for reply in wanted} == {"default"}
     assert [reply["logprobs"] for reply in before] != [reply["logprobs"] for reply in replies]
-    assert pushed_server.http.get("/health").status_code == 200
+    health = pushed_server.http.get("/health")
+    assert (health.status_code, health.headers["x-fp8sync-state"], health.headers["x-fp8sync-version"]) == (
+        200,
+        "SERVING",
+        "2",
+    )
     assert info(pushed_server)["state"] == "SERVING"
 
 
