@@ -77,10 +77,11 @@ def heals(server: Ranks) -> None:
     assert server.handle(protocol.Describe()).state == "SERVING"
 
 
-def test_what_was_lent_is_given_back_on_each(way: StagingWay) -> None:
+@pytest.mark.parametrize("fault", [no_session, no_transfer])
+def test_what_was_lent_is_given_back_on_each(way: StagingWay, fault: Callable[[Ranks], None]) -> None:
     server = Ranks(way, way)
     sender, _ = staged(server.control)
-    no_transfer(server)
+    fault(server)
     reply = server.handle(protocol.Describe())
     assert reply.fence == "its ranks are out of step with each other" and not reply.exclusive
     assert not any(buffer.any() for engine in server.engines for buffer in engine.memory.pool)
