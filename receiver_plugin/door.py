@@ -137,14 +137,17 @@ class Door:
             if reply.error is not None:
                 return reply
         async with AsyncExitStack() as opening:
-            prepare = _prepare(message)
-            reply = await self._shut(
-                opening, message, message.in_flight, lambda deadline: self._ask_until_idle(prepare, deadline)
-            )
+            reply = await self._shut(opening, message, message.in_flight, lambda at: self._prepare_idle(message, at))
             if reply.error is None:
                 timer = asyncio.create_task(self._end_in_time(message))
                 self._held = _Held(message, opening.pop_all(), timer)
             return reply
+
+    async def _prepare_idle(self, message: wire.Hold, deadline: float) -> wire.Reply:
+        """A promise is asked for once all replicas are idle: that of one beside a busy one would be taken back."""
+        prepare = _prepare(message)
+        reply = await self._ask_until_idle(prepare.model_copy(update={"promise": False}), deadline)
+        return await self._ask(prepare) if message.promise and reply.error is None else reply
 
     async def release(self, session: str, version: int | None = None) -> None:
         """Open the door if it is held for `session` (and `version`); otherwise nothing. Idempotent."""

@@ -146,6 +146,7 @@ class Sessions:
         """On every rank by itself: no step that all of them take could be trusted to be the same one."""
         why = "its ranks are out of step with each other"
         if self.current is not None:
+            self._lost = {self.current.id: f"the server is fenced: {why}"}
             self.current.end_transfer(why)
             self.close()
         return why

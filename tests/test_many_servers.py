@@ -21,6 +21,7 @@ from tests.faults.models import Trainer as CutTrainer
 from tests.faults.models import reference
 from tests.faults.server import Server as RankedServer
 from tests.faults.tripwire import Tripwire
+from tests.staged import staged
 from tests.test_distributed import gathered, make_sharded
 from tests.test_push_memory import Server, expected
 from tests.test_ranks import caught, run_on_ranks
@@ -183,15 +184,7 @@ def test_if_none_is_known_to_have_committed_but_one_may_have_the_others_are_fenc
 
 def promised(server: Server, hold_s: float = 30.0, version: int = 1) -> tuple[FP8Sender, str]:
     """A server that has promised `version`, and what it may be told by."""
-    sender = FP8Sender([server.control], plane="memory", timeout_s=30.0)
-    plan = sender.prepare(Trainer(seed=version))
-    fleet = sender._fleet
-    fleet.survey()
-    fleet.begin(version)
-    for bucket in plan.layout.buckets:
-        fleet.send(torch.zeros(bucket.num_bytes, dtype=torch.uint8), bucket.index)
-    fleet.verify()
-    session = fleet._session
+    sender, session = staged(server.control, version)
     prepare = protocol.Prepare(session=session, version=version, hold_s=hold_s, idle=False, promise=True)
     reply = server.receiver.handle(prepare)
     assert reply.error is None and reply.state == "PROMISED"
