@@ -35,11 +35,15 @@ def check_ways(in_flight: InFlight, strict: bool, staging: StagingChoice) -> Sta
     return "reserved"
 
 
-def check_plane(plane: object, timeout_s: float) -> None:
+def check_plane(plane: object) -> None:
     if plane not in get_args(PlaneName):
         raise ConfigError(f"plane={plane!r}: it is one of {list(get_args(PlaneName))}")
-    if not 0 < timeout_s <= LONGEST_DEADLINE_S:
-        raise ConfigError(f"timeout_s={timeout_s}: it is more than 0 and at most {LONGEST_DEADLINE_S:.0f} seconds")
+
+
+def check_deadlines(**deadlines: float) -> None:
+    for name, value in deadlines.items():
+        if not isinstance(value, int | float) or not 0 < value <= LONGEST_DEADLINE_S:
+            raise ConfigError(f"{name}={value!r}: it is more than 0 and at most {LONGEST_DEADLINE_S:.0f} seconds")
 
 
 def check_version(version: object) -> None:

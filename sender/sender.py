@@ -20,7 +20,7 @@ from types import TracebackType
 import torch
 from torch import nn
 
-from sender.checks import check_plane, check_servers, check_version, check_ways
+from sender.checks import check_deadlines, check_plane, check_servers, check_version, check_ways
 from sender.control import ControlClient, HttpControl
 from sender.fleet import Fleet, longest_push_s
 from sender.handle import PushHandle
@@ -84,7 +84,8 @@ class FP8Sender:
     ) -> None:
         check_servers(servers, quorum)
         staging = check_ways(in_flight, strict, staging)
-        check_plane(plane, timeout_s)
+        check_plane(plane)
+        check_deadlines(timeout_s=timeout_s, meeting_timeout_s=meeting_timeout_s)
         self._config = config or FP8BlockConfig()
         self._bucket_bytes, self._timeout_s = bucket_bytes, timeout_s
         self._patience_s = longest_push_s(timeout_s)  # the other ranks wait for rank 0, all of its deadlines added up

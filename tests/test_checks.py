@@ -33,10 +33,11 @@ def test_each_plane_is_taken(plane: Any) -> None:
     FP8Sender([Server().control], plane=plane).close()
 
 
-@pytest.mark.parametrize("timeout_s", [0, -1.0, float("nan"), float("inf"), protocol.LONGEST_DEADLINE_S + 1])
-def test_a_push_has_a_deadline_that_servers_take(timeout_s: float) -> None:
-    """Beyond it the servers would refuse every message, or none would ever be answered in time."""
-    refused("timeout_s=.*more than 0 and at most 86400 seconds", timeout_s=timeout_s)
+@pytest.mark.parametrize("seconds", [0, -1.0, float("nan"), float("inf"), protocol.LONGEST_DEADLINE_S + 1, "300", None])
+@pytest.mark.parametrize("name", ["timeout_s", "meeting_timeout_s"])
+def test_every_wait_has_a_deadline(name: str, seconds: Any) -> None:
+    """One that servers take: beyond it they would refuse every message, or none would ever be answered in time."""
+    refused(f"{name}=.*more than 0 and at most 86400 seconds", **{name: seconds})
 
 
 def test_the_longest_deadline_goes_with_every_message() -> None:

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from receiver_plugin import door as door_module
-from receiver_plugin.http import Control, FencedError
+from receiver_plugin.gate import FencedError
+from receiver_plugin.http import Control
 from shared import protocol
 from tests.replicas import Replicas
 from tests.staged import staged
