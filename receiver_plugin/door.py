@@ -66,6 +66,18 @@ class _Held:
         return self.message.before == "begin"
 
 
+@dataclass
+class _Draining:
+    """Requests end before `message`. `until` is the deadline of that; none once the message itself is at work."""
+
+    message: wire.Commit | wire.Hold
+    until: asyncio.Timeout
+
+    def give_up(self) -> None:
+        if self.until.when() is not None:
+            self.until.reschedule(asyncio.get_running_loop().time())
+
+
 class Door:
     """`ask` sends a message to the schedulers and never raises; `fenced` says whether requests must be refused."""
 
@@ -74,14 +86,16 @@ class Door:
     ) -> None:
         self._channel, self._ask, self._fenced = channel, ask, fenced
         self._held: _Held | None = None
-        self._shutting: int | None = None
+        self._draining: _Draining | None = None
         self._passing: int | None = None
         self._committing = asyncio.Lock()  # a held door does not open before its commit was answered
 
     @property
     def coming(self) -> int | None:
         """The version for which the door is shut, or is being shut; or whose commit lets requests pass."""
-        return self._held.version if self._held is not None else self._shutting or self._passing
+        if self._held is not None:
+            return self._held.version
+        return self._draining.message.version if self._draining is not None else self._passing
 
     @property
     def passing(self) -> int | None:
@@ -150,7 +164,12 @@ class Door:
         return await self._ask(prepare) if message.promise and reply.error is None else reply
 
     async def release(self, session: str, version: int | None = None) -> None:
-        """Open the door if it is held for `session` (and `version`); otherwise nothing. Idempotent."""
+        """Open the door if it is held, or being shut, for `session` (and `version`); otherwise nothing. Idempotent."""
+        draining = self._draining
+        if draining is not None and draining.message.session == session:
+            if version in (None, draining.message.version):
+                draining.give_up()
+            return
         async with self._committing:
             held = self._held
             if held is None or held.session != session or version not in (None, held.version):
@@ -186,27 +205,28 @@ class Door:
                 break
             async with self._committing:
                 held = self._held
-                if held is None or await self._is_given_up(held):
+                if held is None or await self._is_given_up(held.message, held.begun):
                     return "was given up"
             if held.exclusive and not held.begun and held_s > message.drain_s + _BEGIN_S:
                 return "was held for and not begun"
         return f"was held for {message.hold_s:.0f} s and not released"
 
-    async def _is_given_up(self, held: _Held) -> bool:
-        """Whether the schedulers have let go of what the door is held for, without having committed it."""
-        if held.exclusive and not held.begun:
-            reply = await self._ask(_could_begin(held.message))
+    async def _is_given_up(self, message: wire.Commit | wire.Hold, begun: bool = False) -> bool:
+        """Whether the schedulers have let go of what the door is shut for, without having committed it."""
+        exclusive = isinstance(message, wire.Hold) and message.before == "begin"
+        if isinstance(message, wire.Hold) and exclusive and not begun:
+            reply = await self._ask(_could_begin(message))
             return reply.error is not None and reply.error.kind == "SessionLostError"
         reply = await self._ask(wire.Describe())
-        at_work = reply.exclusive if held.exclusive else reply.state in ("STAGED", "PROMISED")
-        committed = reply.version >= held.version and reply.fence is None
+        at_work = reply.exclusive if exclusive else reply.state in ("STAGED", "PROMISED")
+        committed = reply.version >= message.version and reply.fence is None
         return reply.error is None and not at_work and not committed
 
     async def _open_if_given_up(self) -> None:
         """A sender that is gone does not keep the next one waiting."""
         async with self._committing:
             held = self._held
-            if held is not None and await self._is_given_up(held):
+            if held is not None and await self._is_given_up(held.message, held.begun):
                 held.timer.cancel()
                 await self._open(held)
 
@@ -218,19 +238,35 @@ class Door:
         then: Callable[[float], Awaitable[wire.Reply]],
     ) -> wire.Reply:
         """The reply of `then`, called with the door shut; closing `opening` opens it."""
-        deadline, self._shutting = time.monotonic() + message.drain_s, message.version
+        deadline = time.monotonic() + message.drain_s
         try:
-            async with asyncio.timeout(message.drain_s) as draining:
-                await opening.enter_async_context(self._shut_off(in_flight))
-                draining.reschedule(None)  # a commit that was sent is waited for: cut off, nobody knew what it did
+            async with asyncio.timeout(message.drain_s) as until:
+                self._draining = _Draining(message, until)
+                watch = asyncio.create_task(self._watch_drain(self._draining))
+                try:
+                    await opening.enter_async_context(self._shut_off(in_flight))
+                finally:
+                    watch.cancel()
+                until.reschedule(None)  # a commit that was sent is waited for: cut off, nobody knew what it did
                 return await then(deadline)
         except TimeoutError:
             text = f"requests were still running after {message.drain_s:.0f} s (timeout_s)"
+            if time.monotonic() < deadline:
+                text = "its push was given up while requests were ending"
         except Fp8SyncError as error:
             text = str(error)
         finally:
-            self._shutting = None
+            self._draining = None
         return await self._failed(f"{text}; nothing was touched")
+
+    async def _watch_drain(self, draining: _Draining) -> None:
+        """New requests do not wait for a push that is dead."""
+        while True:
+            await asyncio.sleep(_WATCH_S)
+            if await self._is_given_up(draining.message):
+                logger.warning("fp8sync: version %d was given up: its door opens", draining.message.version)
+                draining.give_up()
+                return
 
     async def _pass(self, message: wire.Commit, then: Callable[[float], Awaitable[wire.Reply]]) -> wire.Reply:
         """The reply of `then`, called while requests go on and new ones come."""

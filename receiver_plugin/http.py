@@ -43,7 +43,7 @@ class Channel(Protocol):
     async def ask(self, message: Any) -> tuple[wire.Reply, ...]:
         """One control message to every rank; the answers of all replicas, in order.
 
-        Raises: PushError: a replica did not answer in time; names it.
+        Raises: ServerUnreachableError: a replica did not answer in time; names it.
         """
 
     def drained(self, in_flight: wire.Drain) -> Any:
@@ -186,6 +186,7 @@ class Control:
             await self.fence()
 
     async def _ask(self, message: Any) -> wire.Reply:
+        had_promised = self._promised_until is not None
         try:
             reply = merge(message, await self._channel.ask(message))
         except Fp8SyncError as error:
@@ -207,7 +208,8 @@ class Control:
         if reply.exclusive and not self._door.excludes:
             self._fence = self._fence or "a push is writing where requests would run, and its door is not shut"
         self._overdue()
-        if isinstance(message, wire.Prepare) and message.promise and reply.error and reply.state == "PROMISED":
+        asked_to_promise = isinstance(message, wire.Prepare) and message.promise
+        if asked_to_promise and not had_promised and reply.error and reply.state == "PROMISED":  # some replicas did
             why = "another replica of this server could not promise"
             await self._ask(wire.Abort(session=message.session, version=message.version, reason=why))
         return reply

@@ -143,8 +143,7 @@ class Receiver:
 
     def _open(self, message: wire.Open) -> dict[str, Any]:
         collect(self._ranks, lambda: self._check_incarnation(message.incarnation))
-        if self._session is not None and self._session.transfer is not None:
-            raise ServerBusyError(f"sender {self._session.sender} is in the middle of a push")
+        self._fence_if(self._sessions.make_way(message))
         manifest, plan = self._manifest, self._plan
         if manifest is None or plan is None:
             raise SessionLostError("this server has no plan of yours: offer first")
@@ -201,6 +200,8 @@ class Receiver:
         if session.exclusive:
             self._engine.synchronize()  # forward passes that use the memory
         session.make_room()
+        if session.exclusive:
+            self._engine.synchronize()  # the zeroing of what was lent, before another stream writes there
         if moved := session.staging.check_addresses():
             raise SessionLostError(f"{moved} moved in memory since the plan was made: push again")
 

@@ -15,7 +15,7 @@ from receiver_plugin.session import Session
 from receiver_plugin.staging import Staging
 from shared import protocol as wire
 from shared.buckets import Layout
-from shared.errors import Fp8SyncError, SessionLostError
+from shared.errors import Fp8SyncError, ServerBusyError, SessionLostError
 from shared.planes import ReceiveHalf
 from shared.protocol import StagingWay
 
@@ -74,6 +74,19 @@ class Sessions:
             raise
         assert self.current is not None
         return self.current
+
+    def make_way(self, message: wire.Open) -> str | None:
+        """End the push of a sender that is gone, or begins anew: a promise waits for nothing else but its deadline.
+
+        Raises: ServerBusyError: a push is under way.
+        """
+        session = self.current
+        if session is None or session.transfer is None:
+            return None
+        again = session.sender == message.sender and session.id != message.session
+        if not again and not any(gather(self._ranks, session.lost is not None)):
+            raise ServerBusyError(f"sender {session.sender} is in the middle of a push")
+        return self.give_up("its sender opened another session" if again else "its sender is gone")
 
     def close(self) -> None:
         """End the session, which has no transfer."""

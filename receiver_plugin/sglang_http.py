@@ -24,7 +24,7 @@ from receiver_plugin.sglang_messages import Fp8SyncReqInput, Fp8SyncReqOutput
 from receiver_plugin.sglang_requests import attach_manager
 from receiver_plugin.version_headers import VersionHeaders
 from shared import protocol as wire
-from shared.errors import IncompatibleServerError, PushError
+from shared.errors import IncompatibleServerError, PushError, ServerUnreachableError
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ class SchedulerChannel:
         except TimeoutError:
             silent = [replica for replica in replicas if replica not in answers]
             who = f"the schedulers of replica(s) {silent}" if len(replicas) > 1 else "the schedulers"
-            raise PushError(f"{who} did not answer within {_ANSWER_TIMEOUT_S:.0f} s") from None
+            raise ServerUnreachableError(f"{who} did not answer within {_ANSWER_TIMEOUT_S:.0f} s") from None
         return tuple(wire.Reply.model_validate_json(answers[replica]) for replica in replicas)
 
     def _take(self, output: Fp8SyncReqOutput) -> None:

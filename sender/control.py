@@ -119,8 +119,9 @@ def _read(name: str, status: int, answer: bytes) -> Reply:
     try:
         reply = Reply.model_validate_json(answer)
     except ValidationError as error:
-        text = answer[:200].decode(errors="replace")
-        raise PushError(f"{name} answered HTTP {status} with no reply of ours: {text!r}") from error
+        text = f"{name} answered HTTP {status} with no reply of ours: {answer[:200].decode(errors='replace')!r}"
+        # A proxy's 502 says nothing of what the server did, or does yet.
+        raise (ServerUnreachableError if status >= 500 else PushError)(text) from error
     return checked(name, reply)
 
 

@@ -242,9 +242,19 @@ class Fleet:
         try:
             with self._blaming_ranks():
                 self._plane.send(bucket, self._digests[-1])
-        except TransferError as error:
-            self._culprits = self._at_fault() or self._culprits
-            raise next((e for e in self._culprits.values() if isinstance(e, ReceiveError)), error) from None
+            return
+        except TransferError:
+            if (own := self._own_words()) is None:
+                raise
+        raise ReceiveError(str(own))  # anew: the failure of the plane has frames that hold it
+
+    def _own_words(self) -> ReceiveError | None:
+        """Of a server that failed by itself. Whom the plane has named stays to blame, whoever is slow to answer."""
+        hurry = self._culprits or self._servers.quorum is None
+        found = self._at_fault(self._servers.goodbye_s if hurry else self._servers.answer_s)
+        own = {name: error for name, error in found.items() if isinstance(error, ReceiveError)}
+        self._culprits = (self._culprits | own) or found
+        return next(iter(own.values()), None)
 
     def verify(self) -> None:
         """Return when every rank of every server holds every byte as it was sent, or of every server that is left."""
@@ -263,9 +273,10 @@ class Fleet:
             pause = min(2 * pause, _LONGEST_POLL_S)
 
     def _leave_out_unstaged(self, failed: Failed, others_staged: bool) -> None:
-        """Raises: the first error, unless all others are staged, and are enough."""
+        """Raises: a server's own error, or the first one, unless all others are staged, and are enough."""
         if self._servers.quorum is None or not others_staged or to_blame(failed, len(self._servers)) != failed:
-            raise next(iter(failed.values()))
+            own = (error for error in failed.values() if isinstance(error, ReceiveError))
+            raise next(own, next(iter(failed.values())))
         self._servers.go_on_without(failed)
         self._servers.tell(self._abort("it was left out of this push"), failed)
 
@@ -297,10 +308,10 @@ class Fleet:
         self.fail(failure)
         return True
 
-    def _at_fault(self) -> Failed:
+    def _at_fault(self, patience_s: float | None = None) -> Failed:
         """Where the data plane broke: the servers that are gone, and those that say that it was they."""
         verify = wire.Verify(session=self._session, version=self._version, digests=tuple(self._digests))
-        _, failed = self._servers.try_each(verify, self._servers.goodbye_s)
+        _, failed = self._servers.try_each(verify, patience_s or self._servers.answer_s)
         return to_blame(failed, len(failed))
 
     def fail(self, reason: BaseException) -> None:

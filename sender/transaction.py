@@ -50,7 +50,7 @@ class Transaction:
         skew_s = self._publish()
         # Not where it failed: there `Abort` goes first, because a door that opens before it breaks a promise.
         self._doors.release(self._session, self._version)
-        self._servers.tell(self.abort("left out of this push"), left_out, insist=True)  # a promise may stand there
+        self._servers.tell(self.abort("left out", fence=False), left_out, insist=True)  # a promise may stand there
         return skew_s
 
     def _promise(self) -> Failed:
@@ -81,20 +81,23 @@ class Transaction:
             session=self._session, version=self._version, drain_s=self._timeout_s, in_flight=self._in_flight
         )
         commits = [commit.model_copy(update={"held": self._doors.is_shut(name)}) for name in self._servers.names]
+        self.decided = True  # whatever interrupts this from here on: some may have committed
         asked, answered = time.monotonic(), dict[str, float]()
         _, failed = self._servers.try_each(commits, self._doors.drained_s, answered)
         if self._in_flight != "keep":
             self._doors.stood_still_s = {name: at - asked for name, at in answered.items()}
         if len(self._servers) == 1 and failed:
-            self.decided = True  # as far as anybody knows: nobody is asked again
-            raise next(iter(failed.values()))
+            raise next(iter(failed.values()))  # nobody is asked again
         if failed:
             self._sort_out(dict(failed))
         return max(answered.values()) - min(answered.values())
 
     def _sort_out(self, failed: Failed) -> None:
-        """Not all have confirmed. Returns if all have committed after all, or a quorum has."""
-        self.decided = True  # for those that were silent: they may have committed, or be about to
+        """Not all have confirmed. Returns if all have committed after all, or a quorum has.
+
+        Those that were silent may have committed, or be about to. They are asked by an Abort that fences, which a
+        server that has committed ignores.
+        """
         silent = [name for name, error in failed.items() if isinstance(error, ServerUnreachableError)]
         replies, unheard = self._servers.try_each(
             self.abort("it did not confirm its commit"), self._servers.answer_s, names=silent
@@ -102,6 +105,8 @@ class Transaction:
         for name, reply in replies.items():
             if reply.version == self._version and reply.fence is None:
                 del failed[name]  # its answer was lost, and not its commit
+            elif reply.fence is not None:
+                failed[name] = CommitError(f"{name}: the server is fenced: {reply.fence}")
         if not failed:
             return
         done = [name for name in self._servers.names if name not in failed]
@@ -117,6 +122,7 @@ class Transaction:
             f"will be when their promise runs out, if they hear nothing: {failed}"
         )
 
-    def abort(self, reason: str) -> wire.Abort:
-        """What ends the push on a server that has not committed."""
-        return wire.Abort(session=self._session, version=self._version, reason=reason[:500], fence=self.decided)
+    def abort(self, reason: str, fence: bool | None = None) -> wire.Abort:
+        """What ends the push on a server that has not committed; it fences one that promised, if that is `decided`."""
+        fence = self.decided if fence is None else fence
+        return wire.Abort(session=self._session, version=self._version, reason=reason[:500], fence=fence)

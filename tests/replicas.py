@@ -23,7 +23,7 @@ from sender.control import InProcessControl
 from shared import errors, protocol
 from tests.tiny_models import FakeEngine, Served
 
-SILENT = errors.PushError("the schedulers of replica(s) [1] did not answer within 55 s")
+SILENT = errors.ServerUnreachableError("the schedulers of replica(s) [1] did not answer within 55 s")
 
 
 class Replicas:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from receiver_plugin import sglang_requests
+from receiver_plugin.door import _Draining
 from receiver_plugin.engine import EngineControl, requires_version
 from receiver_plugin.http import Control
 from sender.control import ControlClient
@@ -184,7 +185,8 @@ def test_tokens_of_a_commit_that_not_all_have_confirmed(attached: Attached, many
 
     async def two_parts(manager: FakeManager, request: Any) -> AsyncIterator[Any]:
         sglang_requests.send(FakeManager._send_one_request, manager, request)
-        attached.client._control._door._shutting = 2
+        commit = protocol.Commit(session="s", version=2, drain_s=5.0)
+        attached.client._control._door._draining = _Draining(commit, asyncio.timeout(None))
         for label in ("1", "2"):
             reply = {"meta_info": {"weight_versions": [{"version": label, "start": 0, "end": 3}]}}
             yield [reply, {"meta_info": {}}] if many else reply
