@@ -17,7 +17,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .ONESHELL:
 .SHELLFLAGS := -euc
-.PHONY: help demo test models compat faults lint env env-key clean
+.PHONY: help demo test models compat faults bench lint env env-key clean
 .DEFAULT_GOAL := help
 
 help:
@@ -26,6 +26,7 @@ help:
 	@echo 'make models prove every model family in every layout, on servers of its own, and write docs/models.md'
 	@echo 'make compat prove every supported SGLang release, each on servers of its own, and write docs/compat.md'
 	@echo 'make faults stage every fault, without SGLang and on real servers, and write docs/faults.md'
+	@echo 'make bench  time pushes beside the weight updates that SGLang has on board, on a CPU'
 	@echo 'make lint   style and types only'
 	@echo 'make env    make or update the environment (11 GB, about 3 minutes); the others do it too'
 	@echo 'make clean  remove caches and outputs; the environment stays'
@@ -48,6 +49,9 @@ models: env
 
 compat: env
 	@"$$VENV/bin/python" -m tests.compat.run
+
+bench: env
+	@"$$VENV/bin/python" -m benchmarks.stock
 
 faults: env
 	@mkdir -p out

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
+from sender.servers import Failed, Servers
+from shared import protocol as wire
 from shared.errors import (
     ConfigError,
     Fp8SyncError,
@@ -16,7 +19,39 @@ from shared.errors import (
     TransferError,
 )
 
-Failed = dict[str, Fp8SyncError]  # by the name of the server
+
+class Blame:
+    """Who made the push under way fail, as far as it is known. `owners`: the server of each rank of the data plane."""
+
+    def __init__(self, servers: Servers) -> None:
+        self._servers = servers
+        self.owners: Sequence[str] = ()
+        self.named: Failed = {}
+
+    def forget(self) -> None:
+        self.named = {}
+
+    @contextmanager
+    def of_ranks(self) -> Iterator[None]:
+        """What the data plane says of its ranks."""
+        try:
+            yield
+        except TransferError as error:
+            self.named = {self.owners[rank]: error for rank in error.ranks}
+            raise
+
+    def own_words(self, verify: wire.Verify) -> ReceiveError | None:
+        """Of a server that failed by itself. Whom the plane has named stays to blame, whoever is slow to answer."""
+        hurry = self.named or self._servers.quorum is None
+        found = self.at_fault(verify, self._servers.goodbye_s if hurry else self._servers.answer_s)
+        own = {name: error for name, error in found.items() if isinstance(error, ReceiveError)}
+        self.named = (self.named | own) or found
+        return next(iter(own.values()), None)
+
+    def at_fault(self, verify: wire.Verify, patience_s: float) -> Failed:
+        """Where the data plane broke: the servers that are gone, and those that say that it was they."""
+        _, failed = self._servers.try_each(verify, patience_s)
+        return to_blame(failed, len(failed))
 
 
 def to_blame(failed: Mapping[str, Fp8SyncError], num_asked: int) -> Failed:

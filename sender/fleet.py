@@ -10,17 +10,16 @@ import logging
 import secrets
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
 
-from sender.blame import Failed, by_the_trainer, to_blame
+from sender.blame import Blame, by_the_trainer, to_blame
 from sender.control import ControlClient
 from sender.doors import Doors
 from sender.plan import PushPlan, agree
 from sender.rendezvous import JOIN_TIMEOUT_S, listen
-from sender.servers import CONTROL_TIMEOUT_S, Servers, check_info
+from sender.servers import CONTROL_TIMEOUT_S, Failed, Servers, check_info
 from sender.transaction import Transaction
 from shared import protocol as wire
 from shared.buckets import make_layout
@@ -79,8 +78,7 @@ class Fleet:
         self._doors = Doors(self._servers, timeout_s, in_flight)
         self.staging: dict[str, wire.StagingWay] = {}  # of each server, since the session was opened
         self._in_session: frozenset[str] = frozenset()  # the servers of the session
-        self._owners: list[str] = []  # the server of each rank of the data plane
-        self._culprits: Failed = {}
+        self._blame = Blame(self._servers)
         self._closed = False
         self._version = self._newest = 0
         self._digests: list[int] = []
@@ -146,7 +144,8 @@ class Fleet:
         """Whether the servers are still those of the open session, and the newest version seen on any of them."""
         if self._closed:
             raise ConfigError("this sender was closed: make a new one")
-        self._version, self._transaction, self._culprits = 0, None, {}
+        self._version, self._transaction = 0, None
+        self._blame.forget()
         replies, failed = self._servers.try_each(wire.Describe(), self._servers.answer_s)
         for name, reply in replies.items():
             try:
@@ -186,7 +185,7 @@ class Fleet:
             self._make_memory_plane,
         )
         self._plane = listening.plane
-        self._owners = [name for name, num in zip(self.names, self._num_ranks, strict=True) for _ in range(num)]
+        self._blame.owners = [name for name, num in zip(self.names, self._num_ranks, strict=True) for _ in range(num)]
         replies = self._servers.each_its_own(
             [
                 wire.Open(
@@ -201,21 +200,13 @@ class Fleet:
                 for name, mine in zip(self.names, listening.rendezvous, strict=True)
             ]
         )
-        with self._blaming_ranks():
+        with self._blame.of_ranks():
             listening.join()
         self.staging = {name: reply.staging for name, reply in replies.items() if reply.staging}
         if len(self.staging) != len(self._servers):
             raise PushError("a server did not say where it stages")
         if self._wanted != "auto" and set(self.staging.values()) != {self._wanted}:
             raise PushError(f"a server stages in another way than {self._wanted!r}: {self.staging}")
-
-    @contextmanager
-    def _blaming_ranks(self) -> Iterator[None]:
-        try:
-            yield
-        except TransferError as error:
-            self._culprits = {self._owners[rank]: error for rank in error.ranks}
-            raise
 
     # Every push
 
@@ -240,26 +231,18 @@ class Fleet:
             raise SessionLostError("the data plane is closed: push again")
         self._digests.append(digest(bucket, secret=self._secret, version=self._version, bucket=index))
         try:
-            with self._blaming_ranks():
+            with self._blame.of_ranks():
                 self._plane.send(bucket, self._digests[-1])
             return
         except TransferError:
-            if (own := self._own_words()) is None:
+            if (own := self._blame.own_words(self._question())) is None:
                 raise
         raise ReceiveError(str(own))  # anew: the failure of the plane has frames that hold it
-
-    def _own_words(self) -> ReceiveError | None:
-        """Of a server that failed by itself. Whom the plane has named stays to blame, whoever is slow to answer."""
-        hurry = self._culprits or self._servers.quorum is None
-        found = self._at_fault(self._servers.goodbye_s if hurry else self._servers.answer_s)
-        own = {name: error for name, error in found.items() if isinstance(error, ReceiveError)}
-        self._culprits = (self._culprits | own) or found
-        return next(iter(own.values()), None)
 
     def verify(self) -> None:
         """Return when every rank of every server holds every byte as it was sent, or of every server that is left."""
         deadline, pause = time.monotonic() + self._timeout_s, _POLL_S
-        message = wire.Verify(session=self._session, version=self._version, digests=tuple(self._digests))
+        message = self._question()
         while True:
             replies, failed = self._servers.try_each(message, self._servers.answer_s)
             staged = all(reply.state == "STAGED" for reply in replies.values())
@@ -271,6 +254,9 @@ class Fleet:
                 raise TransferError(f"not every server was staged within {self._timeout_s:.0f} s")
             time.sleep(pause)  # every question is a message through the event loop of a busy server
             pause = min(2 * pause, _LONGEST_POLL_S)
+
+    def _question(self) -> wire.Verify:
+        return wire.Verify(session=self._session, version=self._version, digests=tuple(self._digests))
 
     def _leave_out_unstaged(self, failed: Failed, others_staged: bool) -> None:
         """Raises: a server's own error, or the first one, unless all others are staged, and are enough."""
@@ -300,19 +286,14 @@ class Fleet:
         decided = self._transaction is not None and self._transaction.decided
         if self._servers.quorum is None or decided or by_the_trainer(failure):
             return False
-        guilty = self._culprits or to_blame(self._servers.failed, len(self._servers)) or self._at_fault()
+        guilty = self._blame.named or to_blame(self._servers.failed, len(self._servers))
+        guilty = guilty or self._blame.at_fault(self._question(), self._servers.answer_s)
         if not guilty and self._tried_again:
             return False
         self._tried_again = self._tried_again or not guilty
         self._servers.go_on_without(guilty)
         self.fail(failure)
         return True
-
-    def _at_fault(self, patience_s: float | None = None) -> Failed:
-        """Where the data plane broke: the servers that are gone, and those that say that it was they."""
-        verify = wire.Verify(session=self._session, version=self._version, digests=tuple(self._digests))
-        _, failed = self._servers.try_each(verify, patience_s or self._servers.answer_s)
-        return to_blame(failed, len(failed))
 
     def fail(self, reason: BaseException) -> None:
         """After any failure: every server forgets the push, and the next push opens a new session."""

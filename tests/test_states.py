@@ -125,6 +125,22 @@ class Rig:
     def close(self) -> None:
         self._tell(protocol.Close(session=self._session))
 
+    def open_of_the_same_sender(self) -> None:
+        """With a plan that the server does not have: what it does before it looks at that."""
+        meeting = protocol.Rendezvous(
+            plane="memory", host="", port=0, key="", secret="0" * 64, world_size=2, first_rank=0, timeout_s=5.0
+        )
+        (incarnation,) = self._fleet._incarnations.values()
+        message = protocol.Open(
+            sender=self._fleet._name,
+            session="the next one",
+            incarnation=incarnation,
+            plan_hash="",
+            bucket_bytes=1 << 20,
+            rendezvous=meeting,
+        )
+        self._tell(message)
+
     def the_deadline_passes(self) -> None:
         session = self.server.receiver._session
         if session is not None and session.transfer is not None:
@@ -148,6 +164,7 @@ EVENTS: dict[str, Callable[[Rig], None]] = {
     "Abort": Rig.abort,
     "Abort, others have committed": Rig.abort_beside_others_that_committed,
     "Close": Rig.close,
+    "Open of the same sender": Rig.open_of_the_same_sender,
     "Release": Rig.release,
     "the deadline passes": Rig.the_deadline_passes,
     "another route changes the weights": Rig.another_route_changes_the_weights,
