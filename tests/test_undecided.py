@@ -32,7 +32,16 @@ __all__ = ["all_closed", "end"]
 def test_an_interrupt_in_the_middle_of_the_commits_leaves_no_old_version(interrupt: Any, strict: bool) -> None:
     fleet = Fleet(strict=strict)
     fleet.sender.push(Trainer(seed=1))
-    fleet.controls[1].on_message = raising("commit", interrupt)
+    committed = threading.Semaphore(0)
+    for index in (0, 2):
+        fleet.controls[index].after = lambda message: committed.release() if message.kind == "commit" else None
+
+    def interrupted(message: Any) -> None:
+        if message.kind == "commit":
+            assert committed.acquire(timeout=5.0) and committed.acquire(timeout=5.0)
+            raise interrupt
+
+    fleet.controls[1].on_message = interrupted
     with pytest.raises(type(interrupt)):
         fleet.sender.push(Trainer(seed=2))
     assert fleet.states() == ["SERVING", "FENCED", "SERVING"] and fleet.serving(2) == "ac"
