@@ -72,9 +72,11 @@ class _Draining:
 
     message: wire.Commit | wire.Hold
     until: asyncio.Timeout
+    given_up: bool = False
 
     def give_up(self) -> None:
         if self.until.when() is not None:
+            self.given_up = True
             self.until.reschedule(asyncio.get_running_loop().time())
 
 
@@ -251,7 +253,7 @@ class Door:
                 return await then(deadline)
         except TimeoutError:
             text = f"requests were still running after {message.drain_s:.0f} s (timeout_s)"
-            if time.monotonic() < deadline:
+            if self._draining is not None and self._draining.given_up:
                 text = "its push was given up while requests were ending"
         except Fp8SyncError as error:
             text = str(error)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -122,6 +123,14 @@ def test_a_rank_that_cannot_answer_never_joins(door: SocketSender, pool: ThreadP
     assert stranger.recv(1) == b"", "it was let in"
     with pytest.raises(TransferError, match=r"\[0, 1\] of 2 did not join"):
         joining.result()
+
+
+@pytest.mark.parametrize("left_s", [1e-9, 0.9999996, 0.9999999999, 1.0, 59.9999997, 86400.0])
+def test_every_deadline_is_one_that_the_kernel_takes(left_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as connection:
+        monkeypatch.setattr(sockets, "time", SimpleNamespace(monotonic=lambda: 0.0))
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            sockets._set_deadline(connection, option, left_s)
 
 
 def test_a_rank_joins_once(door: SocketSender, pool: ThreadPoolExecutor) -> None:

@@ -85,14 +85,19 @@ def test_both_replicas_equal_a_checkpoint_load(server: LocalServer, model: nn.Mo
 
 
 def test_requests_of_both_go_on_across_a_commit(server: LocalServer, model: nn.Module) -> None:
-    """Each replica commits at a time of its own; what is said of a token is what its replica did."""
+    """What is said of a token is what its replica did. They stand still meanwhile: two that generate leave a trainer on
+    the same two cores no time, and would be done before it.
+    """
     prompt, first = PROMPTS[0], make_model(5, **CHANGES)
     with closing(Asking(server)) as ask, FP8Sender([server.url], in_flight="keep") as sender:
         before = sender.push(first).version
         streams = [ask.stream(prompt, MORE_THAN_ARE_AWAITED, routed_dp_rank=replica) for replica in range(2)]
         for stream, _ in streams:
             stream.until(5)
+        assert server.post("/pause_generation", {"mode": "in_place"}).status_code == 200
         after = sender.push(model).version
+        assert not any(done.done() for _, done in streams)
+        assert server.post("/continue_generation").status_code == 200
         for stream, _ in streams:
             stream.until(20)
         assert server.post("/abort_request", {"abort_all": True}).status_code == 200

@@ -233,7 +233,7 @@ def _set_deadline(connection: socket.socket, option: int, deadline: float) -> No
     if left_s <= 0:
         raise TransferError("the data plane was silent until its deadline passed")
     connection.settimeout(None)
-    connection.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", int(left_s), int(left_s % 1 * 1e6) + 1))
+    connection.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", *divmod(int(left_s * 1e6) + 1, 1_000_000)))
 
 
 def _bytes_of(host: torch.Tensor) -> memoryview:
