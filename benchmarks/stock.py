@@ -34,7 +34,6 @@ from shared.numerics import quantize_reference
 from shared.protocol import PlaneName
 
 CHANGES = {"hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16, "num_key_value_heads": 8}
-GROUP = "stock"
 BUCKET_BYTES = 1 << 30
 Named = list[tuple[str, torch.Tensor]]
 
@@ -60,10 +59,11 @@ class StockRoute:
 
         self._server, self._pool = server, ThreadPoolExecutor(1)
         port = free_port()
+        self._name = f"stock {port}"  # this process has one for each server
         body = {"master_address": "127.0.0.1", "master_port": port, "rank_offset": 1, "world_size": 2}
-        asked = self._post("/init_weights_update_group", {**body, "group_name": GROUP, "backend": "gloo"})
+        asked = self._post("/init_weights_update_group", {**body, "group_name": self._name, "backend": "gloo"})
         self._group = init_custom_process_group(
-            backend="gloo", init_method=f"tcp://127.0.0.1:{port}", world_size=2, rank=0, group_name=GROUP
+            backend="gloo", init_method=f"tcp://127.0.0.1:{port}", world_size=2, rank=0, group_name=self._name
         )
         asked()
 
@@ -74,7 +74,7 @@ class StockRoute:
                 "names": [name for name, _ in bucket],
                 "dtypes": [str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket],
                 "shapes": [list(tensor.shape) for _, tensor in bucket],
-                "group_name": GROUP,
+                "group_name": self._name,
                 "flush_cache": False,
                 "load_format": "flattened_bucket" if flattened else None,
             }
