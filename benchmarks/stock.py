@@ -1,4 +1,4 @@
-"""A push beside what SGLang has on board: `make bench`, on a CPU, from one trainer process to one server, under 5 min.
+"""A push beside what SGLang has on board: `make bench`, on a CPU, from one trainer process to one server, 2 minutes.
 
     push           `FP8Sender.push`, over `tcp` and over `gloo`, staged in reserved memory
     flattened      the same FP8 tensors as one flattened bucket, `/update_weights_from_distributed` over gloo
@@ -125,8 +125,8 @@ def serving(folder: Path, name: str, args: list[str]) -> Iterator[LocalServer]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pushes", type=int, default=5)
-    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--pushes", type=int, default=3)
+    parser.add_argument("--layers", type=int, default=4)
     chosen = parser.parse_args()
     changes, config = {**CHANGES, "num_hidden_layers": chosen.layers}, FP8BlockConfig()
     models = [make_model(seed, **changes) for seed in (1, 2)]
