@@ -44,10 +44,10 @@ class Memory(Protocol):
 
 @dataclass(frozen=True)
 class Need:
-    """What a push takes on this rank: an image of `sizes` (bytes by parameter) and a bucket."""
+    """What a push takes on this rank: an image of `sizes` (bytes by parameter) and buckets to receive into."""
 
     sizes: dict[str, int]
-    bucket_bytes: int
+    bucket_bytes: int  # of all of them
     device: torch.device
 
     @classmethod
@@ -55,7 +55,8 @@ class Need:
         parameters = destinations(model)
         touched = dict.fromkeys([*(c.parameter for c in plan.copies), *(f.parameter for f in plan.fills)])
         device = next(iter(parameters.values())).device
-        return cls({name: parameters[name].nbytes for name in touched}, layout.largest_bucket_bytes, device)
+        size = num_buckets(device) * aligned(layout.largest_bucket_bytes)
+        return cls({name: parameters[name].nbytes for name in touched}, size, device)
 
     @property
     def image_bytes(self) -> int:
@@ -64,7 +65,10 @@ class Need:
 
 @dataclass
 class Room:
-    """Memory for one transfer or more. `buffers` (flat uint8) hold the image; none if there is no image."""
+    """Memory for one transfer or more. `buffers` (flat uint8) hold the image; none if there is no image.
+
+    `bucket`: room for `num_buckets` of them, one behind the other.
+    """
 
     way: StagingWay
     buffers: list[torch.Tensor]
@@ -75,6 +79,11 @@ class Room:
         if self.way == "kv_pool":
             for buffer in self.buffers:
                 buffer.zero_()
+
+
+def num_buckets(device: torch.device) -> int:
+    """A GPU receives into one while it takes the other."""
+    return 2 if device.type == "cuda" else 1
 
 
 def aligned(num_bytes: int) -> int:

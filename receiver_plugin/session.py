@@ -14,7 +14,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 
@@ -90,8 +92,8 @@ class Transfer:
 
 
 class Session:
-    """`join` opens this rank's half of the data plane; it may block. `stage` makes the staging: once where the server
-    stages in memory of its own, else for every transfer, in memory that is lent for as long.
+    """`join` opens this rank's half of the data plane; it may block. `stage` makes the staging, on `device`: once where
+    the server stages in memory of its own, else for every transfer, in memory that is lent for as long.
 
     Raises:
         PlanError: no memory.
@@ -104,9 +106,10 @@ class Session:
         way: StagingWay,
         stage: Callable[[], Staging],
         join: Callable[[], ReceiveHalf],
+        device: torch.device,
     ) -> None:
         self.id, self.sender, self._secret = opened.session, opened.sender, opened.rendezvous.secret
-        self.way, self._stage = way, stage
+        self.way, self._stage, self._device = way, stage, device
         self.exclusive = way != "reserved"  # its transfers use what requests use
         self._staging: Staging | None = None if self.exclusive else stage()
         self.transfer: Transfer | None = None
@@ -181,6 +184,11 @@ class Session:
         self._staging = None
 
     def _run(self, join: Callable[[], ReceiveHalf]) -> None:
+        on_gpu = self._device.type == "cuda"
+        with torch.cuda.device(self._device) if on_gpu else nullcontext():  # every thread has its own
+            self._receive_all(join)
+
+    def _receive_all(self, join: Callable[[], ReceiveHalf]) -> None:
         plane: ReceiveHalf | None = None
         failure: str | None = None
         try:
@@ -223,19 +231,17 @@ class Session:
 
     def _receive(self, plane: ReceiveHalf, transfer: Transfer) -> str | None:
         staging = transfer.staging
-        device = staging.bucket.device
-        stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        coming = deque[tuple[int, int]]()  # buckets that may still be on their way, with their digests
         try:
             with torch.no_grad(), torch.cuda.stream(stream):
                 for bucket in self._layout.buckets:
-                    sent = plane.receive(staging.bucket[: bucket.num_bytes], transfer.remaining_s())
-                    with transfer.writing:
-                        transfer.check_wanted()
-                        try:
-                            transfer.digests.append(staging.accept(bucket.index, sent, self._digest(transfer.version)))
-                        finally:
-                            if stream is not None:
-                                stream.synchronize()  # on errors, too: who takes the lock next may free the memory
+                    if len(coming) == staging.num_buckets:
+                        self._take(plane, transfer, *coming.popleft(), stream)
+                    sent = plane.receive(staging.bucket(bucket.index), transfer.remaining_s())
+                    coming.append((bucket.index, sent))
+                while coming:
+                    self._take(plane, transfer, *coming.popleft(), stream)
         except Fp8SyncError as error:
             return str(error)
         except Exception as error:
@@ -243,3 +249,17 @@ class Session:
             logger.exception("fp8sync: receiving version %d failed", transfer.version)
             return f"{type(error).__name__}: {error}"
         return None
+
+    def _take(
+        self, plane: ReceiveHalf, transfer: Transfer, index: int, sent: int, stream: torch.cuda.Stream | None
+    ) -> None:
+        """Bucket `index`, once it is there. `sent`: its digest, of the sender."""
+        plane.arrive(transfer.remaining_s())
+        with transfer.writing:
+            transfer.check_wanted()
+            try:
+                found = transfer.staging.accept(index, sent, self._digest(transfer.version))
+                transfer.digests.append(found)
+            finally:
+                if stream is not None:
+                    stream.synchronize()  # on errors, too: who takes the lock next may free the memory

@@ -65,7 +65,7 @@ class Sessions:
             return make_staging(enter(way, need, self._memory, bucket_taken=bool(self._closed)))
 
         def start() -> None:
-            self.current = Session(message, layout, way, stage, join)
+            self.current = Session(message, layout, way, stage, join, need.device)
 
         try:
             collect(self._ranks, start)

@@ -21,9 +21,9 @@ from torch import nn
 from receiver_plugin.binding import BindingPlan
 from receiver_plugin.held import destinations
 from receiver_plugin.recorder import Copy
-from receiver_plugin.rooms import Need, Room, aligned, own_room
+from receiver_plugin.rooms import Need, Room, aligned, num_buckets, own_room
 from receiver_plugin.windows import View
-from shared.buckets import Layout, Slot
+from shared.buckets import Bucket, Layout
 from shared.coverage import Box
 from shared.errors import TransferError
 
@@ -63,7 +63,7 @@ class Staging:
     def __init__(self, model: nn.Module, plan: BindingPlan, layout: Layout, room: Room | None = None) -> None:
         need = Need.of(model, plan, layout)
         self.room = room or own_room(need)
-        self.bucket = self.room.bucket
+        self.num_buckets = num_buckets(need.device)
         self.plan = plan
         self.touched = False  # whether live parameters were written to
         self._in_place = self.room.way == "in_place"
@@ -80,7 +80,12 @@ class Staging:
 
     @property
     def num_bytes(self) -> int:
-        return sum(buffer.numel() for buffer in self.room.buffers) + self.bucket.numel()
+        return sum(buffer.numel() for buffer in self.room.buffers) + self.room.bucket.numel()
+
+    def bucket(self, index: int) -> torch.Tensor:
+        """Where bucket `index` arrives, flat uint8: in the place of bucket `index - num_buckets`."""
+        first = index % self.num_buckets * (self.room.bucket.numel() // self.num_buckets)
+        return self.room.bucket[first : first + self._layout.buckets[index].num_bytes]
 
     def _fill(self) -> None:
         for fill in self.plan.fills:
@@ -91,14 +96,12 @@ class Staging:
         by_source: dict[str, list[Copy]] = {}
         for copy in copies:
             by_source.setdefault(copy.source, []).append(copy)
-        return [self._pairs(bucket.slots, by_source) for bucket in self._layout.buckets]
+        return [self._pairs(bucket, by_source) for bucket in self._layout.buckets]
 
-    def _pairs(
-        self, slots: tuple[Slot, ...], by_source: dict[str, list[Copy]]
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        to, of = [], []
-        for slot in slots:
-            arrived = slot.view(self.bucket)
+    def _pairs(self, bucket: Bucket, by_source: dict[str, list[Copy]]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        to, of, arriving = [], [], self.bucket(bucket.index)
+        for slot in bucket.slots:
+            arrived = slot.view(arriving)
             for copy in by_source.get(slot.name, ()):
                 source = copy.source_view.of(arrived)
                 for target, box in self._targets[copy.parameter].windows(copy.parameter_view):
@@ -110,19 +113,19 @@ class Staging:
         return to, of
 
     def accept(self, index: int, sent: int, digest: Callable[[torch.Tensor, int], int]) -> int:
-        """Take bucket `index`, which lies in `self.bucket`, and return its digest. `sent`: the one sent ahead of it.
+        """Take bucket `index`, which has arrived, and return its digest. `sent`: the one sent ahead of it.
 
         Raises:
             TransferError: in place, the bytes are not those that were sent; none of them was written.
         """
-        found = digest(self.bucket[: self._layout.buckets[index].num_bytes], index)
+        found = digest(self.bucket(index), index)
         if self._in_place and found != sent:
             raise TransferError(f"the bytes of bucket(s) [{index}] are not those that were sent")
         self.scatter(index)
         return found
 
     def scatter(self, index: int) -> None:
-        """Spread bucket `index`, which lies in `self.bucket`, over the image, or over the live parameters."""
+        """Spread bucket `index`, which has arrived, over the image, or over the live parameters."""
         to, of = self._scatter[index]
         if to:
             self.touched |= self._in_place

@@ -149,7 +149,7 @@ class Fleet:
         replies, failed = self._servers.try_each(wire.Describe(), self._servers.answer_s)
         for name, reply in replies.items():
             try:
-                check_info(name, reply.info, self._config, self._in_flight)
+                check_info(name, reply.info, self._config, self._in_flight, self._plane_name)
             except Fp8SyncError as error:
                 failed[name] = error
         self._servers.go_on_without(failed)
@@ -223,16 +223,20 @@ class Fleet:
         self._servers.each_its_own([begin.model_copy(update={"held": name in held}) for name in self.names])
 
     def send(self, bucket: torch.Tensor, index: int) -> None:
-        """Send flat uint8 `bucket`; the buffer may be reused on return.
+        """Send flat uint8 `bucket`; it may be read until the next call of this or of `verify` returns.
 
         Raises: TransferError: it did not go out; where a server knows why, its `ReceiveError`.
         """
         if self._plane is None:
             raise SessionLostError("the data plane is closed: push again")
         self._digests.append(digest(bucket, secret=self._secret, version=self._version, bucket=index))
+        self._with_blame(lambda plane: plane.send(bucket, self._digests[-1]))
+
+    def _with_blame(self, step: Callable[[SendHalf], None]) -> None:
+        assert self._plane is not None
         try:
             with self._blame.of_ranks():
-                self._plane.send(bucket, self._digests[-1])
+                step(self._plane)
             return
         except TransferError:
             if (own := self._blame.own_words(self._question())) is None:
@@ -241,6 +245,7 @@ class Fleet:
 
     def verify(self) -> None:
         """Return when every rank of every server holds every byte as it was sent, or of every server that is left."""
+        self._with_blame(lambda plane: plane.flush())
         deadline, pause = time.monotonic() + self._timeout_s, _POLL_S
         message = self._question()
         while True:

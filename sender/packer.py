@@ -11,7 +11,9 @@ from shared.errors import NonFiniteWeightError
 
 
 class Packer:
-    """One reused bucket buffer on the device of the weights; on a GPU a few launches a bucket, elsewhere one a tensor.
+    """Reused bucket buffers on the device of the weights; on a GPU a few launches a bucket, elsewhere one a tensor.
+
+    A GPU has two, one of which is filled while the other one is sent.
 
     Non-finite weights are noted on the device, without waiting for it, and raised by `check_finite` once a push.
     """
@@ -20,7 +22,8 @@ class Packer:
         self._config = config
         self._names = [tensor.name for tensor in layout.tensors]
         self._row = {name: row for row, name in enumerate(self._names)}
-        self._buffer = torch.zeros(layout.largest_bucket_bytes, dtype=torch.uint8, device=device)
+        num, size = 2 if device.type == "cuda" else 1, layout.largest_bucket_bytes
+        self._buffers = [torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(num)]
         self._nonfinite = torch.zeros(len(self._names), dtype=torch.int32, device=device)
         self._gaps = [_gaps(bucket, device) for bucket in layout.buckets]
         self._grouped = None
@@ -33,8 +36,8 @@ class Packer:
         self._nonfinite.zero_()
 
     def pack(self, bucket: Bucket, weights: dict[str, torch.Tensor]) -> torch.Tensor:
-        """`weights` by name -> flat uint8 [bucket.num_bytes], valid until the next call."""
-        packed = self._buffer[: bucket.num_bytes]
+        """`weights` by name -> flat uint8 [bucket.num_bytes], valid until the next call, on a GPU the one after."""
+        packed = self._buffers[bucket.index % len(self._buffers)][: bucket.num_bytes]
         if (gaps := self._gaps[bucket.index]) is not None:
             packed.index_fill_(0, gaps, 0)  # what the buffer held before
         if self._grouped is not None:

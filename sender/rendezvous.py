@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from shared import protocol as wire
 from shared.planes import SendHalf
 from shared.planes.distributed import GroupSender
+from shared.planes.nccl import NcclSender
 from shared.planes.sockets import SocketSender
 
 JOIN_TIMEOUT_S = 60.0
@@ -22,6 +23,15 @@ class Listening:
     plane: SendHalf
     rendezvous: tuple[wire.Rendezvous, ...]
     join: Callable[[], None]
+
+
+def _open(plane: wire.PlaneName, host: str, timeout_s: float) -> SocketSender | GroupSender | NcclSender | None:
+    """None: the plane is not one that listens."""
+    if plane == "memory":
+        return None
+    if plane == "nccl":
+        return NcclSender(host, timeout_s)
+    return (GroupSender if plane == "gloo" else SocketSender)(host, timeout_s)
 
 
 def listen(
@@ -38,10 +48,8 @@ def listen(
     no loopback, since a server on this machine reaches that, too.
     """
     host = next((h for h in hosts if not ipaddress.ip_address(h).is_loopback), hosts[0])
-    opened: SocketSender | GroupSender | None = None
-    if plane != "memory":
-        # One bucket may take half of a push, so that a server that takes none does not fail the others.
-        opened = (GroupSender if plane == "gloo" else SocketSender)(host, timeout_s / 2)
+    # One bucket may take half of a push, so that a server that takes none does not fail the others.
+    opened = _open(plane, host, timeout_s / 2)
     key = secrets.token_hex(8)
     rendezvous = tuple(
         wire.Rendezvous(

@@ -61,7 +61,8 @@ class FP8Sender:
             and named in the report; the next push tries them again. None: all servers or none.
         keep_snapshot: keep what the last push sent in host memory of rank 0 (`wire_bytes` of its report; twice that
             during a push), for `catch_up`.
-        plane: the data plane: `tcp`, `gloo` (a tree of copies, on a network of your own), or `memory` for tests.
+        plane: the data plane: `tcp`; on a network of your own `nccl`, from the current GPU of rank 0 to other GPUs, or
+            `gloo`, a tree of copies; `memory` for tests.
         ca_file: certificates (PEM) that `https` servers are checked against, in place of the system's.
     """
 

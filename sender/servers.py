@@ -170,7 +170,7 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [""])[0]
 
 
-def check_info(name: str, info: Any, config: FP8BlockConfig, in_flight: wire.InFlight) -> None:
+def check_info(name: str, info: Any, config: FP8BlockConfig, in_flight: wire.InFlight, plane: wire.PlaneName) -> None:
     """Raises: IncompatibleServerError: the server cannot take part in a push of this sender."""
     if info is None:
         raise IncompatibleServerError(f"{name} did not say what it is")
@@ -195,6 +195,8 @@ def check_info(name: str, info: Any, config: FP8BlockConfig, in_flight: wire.InF
         raise IncompatibleServerError(
             f"{name} serves {blocks}, this sender sends [128, 128]: start it with the arguments of shared.launch"
         )
+    if plane == "nccl" and info.device == "cpu":
+        raise IncompatibleServerError(f"{name} has no GPU, which plane='nccl' sends to")
     if in_flight == "keep" and info.cannot_keep:
         raise IncompatibleServerError(
             f"{name} cannot let requests go on across a commit: {'; '.join(info.cannot_keep)}"

@@ -60,7 +60,7 @@ def replay(model: nn.Module, trainer: nn.Module, config: FP8BlockConfig | None =
     layout = make_layout(manifest, 256 << 10)
     staging, packer = Staging(model, plan, layout), Packer(layout, config, torch.device("cpu"))
     for bucket in reversed(layout.buckets):  # their order does not matter
-        staging.bucket[: bucket.num_bytes] = packer.pack(bucket, source.gather(bucket.names))
+        staging.bucket(bucket.index)[:] = packer.pack(bucket, source.gather(bucket.names))
         staging.scatter(bucket.index)
     packer.check_finite()
     assert staging.check_addresses() is None

@@ -68,7 +68,7 @@ def test_a_replay_equals_the_models_own_loader(rank: int, size: int) -> None:
     staging, source = Staging(replayed, plan, layout), ModuleSource(trainer)
     packer = Packer(layout, FP8BlockConfig(), torch.device("cpu"))
     for bucket in reversed(layout.buckets):  # the order does not matter
-        staging.bucket[: bucket.num_bytes] = packer.pack(bucket, source.gather(bucket.names))
+        staging.bucket(bucket.index)[:] = packer.pack(bucket, source.gather(bucket.names))
         staging.scatter(bucket.index)
     assert fingerprint(replayed) == untouched, "written before the commit"
     assert staging.check_addresses() is None
@@ -90,7 +90,7 @@ def test_a_vocabulary_with_and_without_padding(padded: int) -> None:
     layout = make_layout([weight])
     staging = Staging(model, plan, layout)
     values = torch.randn(256, 4)
-    staging.bucket.copy_(values.view(-1).view(torch.uint8))
+    staging.bucket(0).copy_(values.view(-1).view(torch.uint8))
     staging.scatter(0)
     staging.commit()
     assert torch.equal(model.out[:256], values) and not model.out[256:].any()

@@ -45,7 +45,7 @@ class Stalling:
 
     def __init__(self, meeting: protocol.Rendezvous, rank: int, end: threading.Event) -> None:
         self._inner, self._end, self._num_left = SocketReceiver(meeting, rank), end, 1
-        self._inner._sender.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SMALL)
+        self._inner.link._sender.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SMALL)
 
     def receive(self, bucket: torch.Tensor, timeout_s: float) -> int:
         if self._num_left == 0:
@@ -53,6 +53,9 @@ class Stalling:
             raise TransferError("the test is over")
         self._num_left -= 1
         return self._inner.receive(bucket, timeout_s)
+
+    def arrive(self, timeout_s: float) -> None:
+        self._inner.arrive(timeout_s)
 
     def alive(self) -> bool:
         return self._inner.alive()
@@ -83,7 +86,7 @@ def small_buffers(sender: FP8Sender) -> None:
     """What is sent does not wait in the kernel of this host either."""
     plane = sender._fleet._plane
     assert isinstance(plane, SocketSender)
-    for connection in plane._ranks.values():
+    for connection in plane.links._ranks.values():
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SMALL)
 
 
@@ -180,7 +183,7 @@ def test_both_ends_notice_a_host_that_went_down(door: SocketSender, pool: Thread
     half = open_receiver(meeting, 0)
     joining.result()
     assert isinstance(half, SocketReceiver)
-    for connection in (door._ranks[0], half._sender):
+    for connection in (door.links._ranks[0], half.link._sender):
         assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
         idle, every, times = (
             connection.getsockopt(socket.IPPROTO_TCP, option)

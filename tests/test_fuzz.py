@@ -27,8 +27,8 @@ from sender import FP8Sender
 from sender.control import HttpControl, checked
 from shared import protocol
 from shared.errors import Fp8SyncError, PushError, TransferError
+from shared.planes.links import Links
 from shared.planes.signing import HEADER_BYTES, SignedStore, Signer
-from shared.planes.sockets import SocketSender
 from shared.protocol import CONTROL_PATH, Reply, decode_message
 from shared.versions import EXACT_HEADER, MIN_HEADER, START_HEADER, Demand, Versions, end_of_stream
 from tests.messages import MESSAGES, RENDEZVOUS, SECRET
@@ -330,8 +330,8 @@ def test_no_other_header_announces_a_bucket(found: bytes | int) -> None:
 @tries(150)
 @given(st.binary(max_size=200))
 def test_nobody_comes_in_by_what_he_says(said: bytes) -> None:
-    sender = SocketSender("127.0.0.1", timeout_s=1.0)
-    sender._signer = Signer(SECRET)
+    sender = Links("127.0.0.1")
+    sender.signer = Signer(SECRET)
     ours, theirs = socket.socketpair()
     try:
         theirs.sendall(said)

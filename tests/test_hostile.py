@@ -25,7 +25,7 @@ from receiver_plugin.receiver import Receiver
 from sender import FP8Sender
 from shared import errors, protocol
 from shared.errors import TransferError
-from shared.planes import ReceiveHalf, open_receiver, sockets
+from shared.planes import ReceiveHalf, links, open_receiver
 from shared.planes.distributed import GroupSender
 from shared.planes.signing import HEADER_BYTES, MAX_STORED_BYTES, SignedStore, Signer, new_secret
 from shared.planes.sockets import SocketSender
@@ -89,7 +89,7 @@ def test_more_strangers_than_are_let_in(
     door: SocketSender, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They fill the door until their time is over; then the ranks come in, or the join fails in its own time."""
-    monkeypatch.setattr(sockets, "_MOST_STRANGERS", 2)
+    monkeypatch.setattr(links, "_MOST_STRANGERS", 2)
     strangers = [connect(door.port) for _ in range(10)]
     meeting, started = rendezvous("tcp", door.port, timeout_s=1.0), time.monotonic()
     joining = pool.submit(door.join, meeting)
@@ -128,16 +128,16 @@ def test_a_rank_that_cannot_answer_never_joins(door: SocketSender, pool: ThreadP
 @pytest.mark.parametrize("left_s", [1e-9, 0.9999996, 0.9999999999, 1.0, 59.9999997, 86400.0])
 def test_every_deadline_is_one_that_the_kernel_takes(left_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as connection:
-        monkeypatch.setattr(sockets, "time", SimpleNamespace(monotonic=lambda: 0.0))
+        monkeypatch.setattr(links, "time", SimpleNamespace(monotonic=lambda: 0.0))
         for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
-            sockets._set_deadline(connection, option, left_s)
+            links._set_deadline(connection, option, left_s)
 
 
 def test_a_rank_joins_once(door: SocketSender, pool: ThreadPoolExecutor) -> None:
     meeting = rendezvous("tcp", door.port, world_size=3)
     joining = pool.submit(door.join, meeting)
     first = open_receiver(meeting, 0)
-    wait_for(lambda: 0 in door._ranks)
+    wait_for(lambda: 0 in door.links._ranks)
     again, beyond = open_receiver(meeting, 0), open_receiver(meeting, 9)
     for half in (again, beyond):
         with pytest.raises(TransferError, match=r"closed|broke"):

@@ -56,6 +56,9 @@ class Spoiling:
             bucket[7] ^= 1
         return sent
 
+    def arrive(self, timeout_s: float) -> None:
+        self._inner.arrive(timeout_s)
+
     def alive(self) -> bool:
         return self._inner.alive()
 

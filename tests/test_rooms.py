@@ -160,7 +160,7 @@ def test_an_image_in_pieces_commits_the_same_bytes(size: int) -> None:
     staging = Staging(served, plan, layout, Room("kv_pool", buffers, torch.empty(need.bucket_bytes, dtype=torch.uint8)))
     packer = Packer(layout, FP8BlockConfig(), torch.device("cpu"))
     for bucket in layout.buckets:
-        staging.bucket[: bucket.num_bytes] = packer.pack(bucket, source.gather(bucket.names))
+        staging.bucket(bucket.index)[:] = packer.pack(bucket, source.gather(bucket.names))
         staging.accept(bucket.index, sent=0, digest=lambda data, index: 1)
     assert not staging.touched
     staging.commit()

@@ -14,7 +14,13 @@ from shared.protocol import Rendezvous
 
 class SendHalf(Protocol):
     def send(self, bucket: torch.Tensor, digest: int) -> None:
-        """Send `bucket` (flat uint8) to every receiver, its digest ahead. On return the buffer may be reused."""
+        """Send `bucket` (flat uint8) to every receiver, its digest ahead.
+
+        It may still be read on return, until the next `send` or `flush` returns.
+        """
+
+    def flush(self) -> None:
+        """Return when all that was sent has left."""
 
     def close(self) -> None:
         """Leave the plane; a receiver that still waits gets an error. Idempotent."""
@@ -22,7 +28,13 @@ class SendHalf(Protocol):
 
 class ReceiveHalf(Protocol):
     def receive(self, bucket: torch.Tensor, timeout_s: float) -> int:
-        """Fill `bucket` (flat uint8, of the size that was sent). Returns the digest that was sent ahead of it."""
+        """Begin to fill `bucket` (flat uint8, of the size that was sent), once the current stream has come so far.
+
+        Returns the digest that was sent ahead of it.
+        """
+
+    def arrive(self, timeout_s: float) -> None:
+        """Return when the oldest bucket that was not waited for yet is full. Not every plane works ahead."""
 
     def alive(self) -> bool:
         """Whether the sender is still there, between two pushes."""
@@ -41,6 +53,10 @@ def open_receiver(rendezvous: Rendezvous, rank: int) -> ReceiveHalf:
         from shared.planes.sockets import SocketReceiver
 
         return SocketReceiver(rendezvous, rank)
+    if rendezvous.plane == "nccl":
+        from shared.planes.nccl import NcclReceiver
+
+        return NcclReceiver(rendezvous, rank)
     from shared.planes.distributed import GroupReceiver
 
     return GroupReceiver(rendezvous, rank)

@@ -78,6 +78,9 @@ class GroupSender:
         _broadcast(self._group, header, self._timeout_s)
         _broadcast(self._group, bucket, self._timeout_s)
 
+    def flush(self) -> None:
+        """Nothing is on its way when `send` returns."""
+
     def close(self) -> None:
         self._group = None
         self._store = None
@@ -110,6 +113,9 @@ class GroupReceiver:
         left_s = max(0.001, timeout_s - (time.monotonic() - started))
         self._host.fill(bucket, lambda arriving: _broadcast(self._group, arriving, left_s))
         return digest
+
+    def arrive(self, timeout_s: float) -> None:
+        """`receive` has waited already."""
 
     def alive(self) -> bool:
         """By a question to the sender's store; it blocks while that process is stopped, and while TCP tries again."""

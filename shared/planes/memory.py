@@ -46,6 +46,9 @@ class MemoryPlane:
             for receiver in self.queues:
                 receiver.put((travelling.clone(), digest))
 
+    def flush(self) -> None:
+        """Queues take everything."""
+
     def close(self) -> None:
         with _lock:
             _planes.pop(self._key, None)
@@ -75,6 +78,9 @@ class MemoryReceiver:
             raise TransferError(f"a bucket of {arrived.numel()} bytes arrived, expected {bucket.numel()}")
         bucket.copy_(arrived)
         return digest
+
+    def arrive(self, timeout_s: float) -> None:
+        """`receive` has waited already."""
 
     def alive(self) -> bool:
         with _lock:

@@ -133,6 +133,9 @@ class FaultyHalf:
         self._tripwire.at("received", *self._place, bucket)
         return sent
 
+    def arrive(self, timeout_s: float) -> None:
+        self._inner.arrive(timeout_s)
+
     def alive(self) -> bool:
         return self._inner.alive()
 

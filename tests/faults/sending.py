@@ -65,6 +65,9 @@ class WatchedPlane:
         for travelling in self.on_send(index, bucket):
             self._inner.send(travelling, digest)
 
+    def flush(self) -> None:
+        self._inner.flush()
+
     def close(self) -> None:
         self._inner.close()
 
