@@ -76,6 +76,9 @@ class Fsdp1Parameter:
     def release(self) -> None:
         self._unit.release()
 
+    def own_memory(self, dtype: torch.dtype) -> torch.Tensor | None:
+        return None
+
 
 def fsdp1_parameters(model: nn.Module) -> tuple[list[tuple[str, Fsdp1Parameter]], set[int]]:
     """The parameters that FSDP1 holds, by their names in `model`, and the ids of what stands for them there."""

@@ -8,6 +8,7 @@ A tensor that no launch can take (columns that are not next to each other, fp32 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sender.source import Weights
 from sender.triton_grouped import COPY_ELEMENTS, copy_many, quantize_many
 from shared.buckets import Bucket, Entry
 from shared.config import FP8BlockConfig
@@ -54,6 +56,7 @@ class GroupedBucket:
         self._flag_rows, self._config, self._pack_one = flag_rows, config, pack_one
         self._names = bucket.names
         self._sorted_for: _Places | None = None
+        self._sorted_from: weakref.ref[Any] | None = None
         self._launches: list[_Launch] = []
         self._alone: list[Entry] = []
 
@@ -79,20 +82,22 @@ class GroupedBucket:
             self._pack_one(entry, weights[entry.tensor.name], packed)
 
     def _sort(self, weights: Mapping[str, Tensor], device: torch.device) -> None:
-        found = [weights[name] for name in self._names]
-        now = _places(found)  # a few passes in C: this runs every push for every tensor
-        if now == self._sorted_for:
+        if self._sorted_from is not None and self._sorted_from() is weights:
             return
-        groups: dict[_Kind, list[tuple[Entry, Tensor]]] = {}
-        self._alone = []
-        for entry, weight in zip(self._entries, found, strict=True):
-            kind = _kind(entry, weight, device)
-            if kind is None:
-                self._alone.append(entry)
-            else:
-                groups.setdefault(kind, []).append((entry, weight))
-        self._launches = [self._launch(kind, members, device) for kind, members in groups.items()]
-        self._sorted_for = now
+        found = [weights[name] for name in self._names]
+        now = _places(found)  # a few passes in C
+        if now != self._sorted_for:
+            groups: dict[_Kind, list[tuple[Entry, Tensor]]] = {}
+            alone = []
+            for entry, weight in zip(self._entries, found, strict=True):
+                kind = _kind(entry, weight, device)
+                if kind is None:
+                    alone.append(entry)
+                else:
+                    groups.setdefault(kind, []).append((entry, weight))
+            self._launches = [self._launch(kind, members, device) for kind, members in groups.items()]
+            self._alone, self._sorted_for = alone, now
+        self._sorted_from = weakref.ref(weights) if isinstance(weights, Weights) else None
 
     def _launch(self, kind: _Kind, members: list[tuple[Entry, Tensor]], device: torch.device) -> _Launch:
         where, tasks, sizes, first = [], [], [], 0

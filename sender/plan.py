@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 
 from pydantic import TypeAdapter
@@ -24,11 +25,11 @@ class PushPlan:
     offered: tuple[TensorSpec, ...]
     layout: Layout
 
-    @property
+    @cached_property
     def num_quantized(self) -> int:
         return sum(tensor.quantized for tensor in self.layout.tensors)
 
-    @property
+    @cached_property
     def bf16_bytes(self) -> int:
         return sum(2 * prod(tensor.shape) for tensor in self.layout.tensors)
 

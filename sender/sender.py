@@ -29,7 +29,7 @@ from sender.plan import PushPlan
 from sender.ranks import Lead, TrainerRanks, TryAgain
 from sender.report import PhaseClock, PushReport
 from sender.snapshot import Keeper
-from sender.source import ModuleSource, Shard, ShardSource, WeightSource
+from sender.source import Shard, ShardSource, Sources, WeightSource
 from sender.turns import Turns
 from shared.buckets import DEFAULT_BUCKET_BYTES
 from shared.config import FP8BlockConfig
@@ -104,6 +104,7 @@ class FP8Sender:
         )
         self._quorum, self._turns, self._keeper = quorum, Turns(timeout_s), Keeper(keep_snapshot)
         self._leader = Leader(self._fleet, self._config, bucket_bytes, self._turns, self._keeper)
+        self._sources = Sources()
         self._planned: PushPlan | None = None
         self._pending: PushHandle | None = None
 
@@ -112,7 +113,7 @@ class FP8Sender:
     def prepare(self, model: nn.Module) -> PushPlan:
         """Collective. Plan and connect now, so that the first push is like the others. Optional."""
         with self._ending_its_turn():
-            _, plan, _ = self._meet_and_plan("prepare", lambda: ModuleSource(model), PhaseClock())
+            _, plan, _ = self._meet_and_plan("prepare", lambda: self._sources.of(model), PhaseClock())
             self._leader.end()
             return plan
 
@@ -128,7 +129,7 @@ class FP8Sender:
             PushError: one of its kinds, on every rank; the servers keep the version that they had.
             NotImplementedError: Megatron-style modules.
         """
-        return self._push(lambda: ModuleSource(model), version)
+        return self._push(lambda: self._sources.of(model), version)
 
     def push_shards(self, shards: Iterable[Shard], *, version: int | None = None) -> PushReport:
         """Collective. `push` for trainers whose modules it cannot read: each rank names the shards that it holds."""
@@ -143,7 +144,7 @@ class FP8Sender:
         check_version(version)
         clock, snapshot = PhaseClock(), list[torch.Tensor]()
         with self._ending_its_turn():
-            source, plan, lead = self._meet_and_plan("push_async", lambda: ModuleSource(model), clock)
+            source, plan, lead = self._meet_and_plan("push_async", lambda: self._sources.of(model), clock)
             for bucket in plan.layout.buckets:
                 with clock.phase("gather"), self._failing_loudly():
                     weights = source.gather(bucket.names)

@@ -8,7 +8,8 @@ rounded to BF16, on their own rank before they are gathered (FSDP1: after).
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
 
 from sender.hf_names import checkpoint_cuts
 from sender.ranks import TrainerRanks
@@ -41,6 +43,33 @@ class WeightSource(Protocol):
         """Drop what `gather` kept for the next call."""
 
 
+class Weights(dict[str, torch.Tensor]):
+    """Whole tensors by name. The same object again stands for the same places in memory."""
+
+
+@dataclass(frozen=True)
+class _InMemory:
+    """Weights that are views of the parameters of `held`, whose memory lies at `addresses`."""
+
+    weights: Weights
+    held: list[tuple[Held, torch.dtype]]
+    addresses: list[int]
+
+    @classmethod
+    def of(cls, weights: Weights, held: list[tuple[Held, torch.dtype]]) -> _InMemory | None:
+        """None if one of them is a copy: of a shard, in another type, or because it is not contiguous."""
+        own = [memory for each, dtype in held if (memory := each.own_memory(dtype)) is not None]
+        storages = {memory.untyped_storage().data_ptr() for memory in own}
+        if len(own) < len(held) or any(w.untyped_storage().data_ptr() not in storages for w in weights.values()):
+            return None
+        return cls(weights, held, [memory.data_ptr() for memory in own])
+
+    def holds(self) -> bool:
+        """Whether all parameters lie where they lay."""
+        own = [each.own_memory(dtype) for each, dtype in self.held]
+        return [None if memory is None else memory.data_ptr() for memory in own] == self.addresses
+
+
 class ModuleSource:
     """The parameters of a module under their checkpoint names, whatever wraps them.
 
@@ -63,16 +92,25 @@ class ModuleSource:
         )
         self._tensors = tuple(TensorSpec.model_validate(spec) for spec in specs)
         self._gathered: tuple[Held | None, torch.Tensor | None] = (None, None)
+        self._in_memory: dict[tuple[str, ...], _InMemory] = {}
 
     @property
     def tensors(self) -> tuple[TensorSpec, ...]:
         return self._tensors
 
     def gather(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
-        found = {}
+        names = tuple(names)
+        known = self._in_memory.get(names)
+        if known is not None and known.holds():
+            return known.weights
+        found = Weights()
         for name in names:
             held, dtype, cut = self._cuts[name]
             found[name] = cut.of(self._whole(held, dtype))
+        self._in_memory.pop(names, None)
+        owners = {id(self._cuts[name][0]): self._cuts[name][:2] for name in names}
+        if (lasting := _InMemory.of(found, list(owners.values()))) is not None:
+            self._in_memory[names] = lasting
         return found
 
     def _whole(self, held: Held, dtype: torch.dtype) -> torch.Tensor:
@@ -204,6 +242,34 @@ def _cover_problems(name: str, shape: tuple[int, ...], boxes: list[Box]) -> list
     if (twice := overlapped(shape, boxes)) is not None:
         return [f"{name}: different shards hold its part {twice}"]
     return []
+
+
+class Sources:
+    """The last source of every model, as long as the model is made of the same tensors: no name is worked out twice."""
+
+    def __init__(self) -> None:
+        self._known: weakref.WeakKeyDictionary[nn.Module, tuple[list[Any], ModuleSource]] = weakref.WeakKeyDictionary()
+
+    def of(self, model: nn.Module) -> ModuleSource:
+        """Raises: as `ModuleSource`."""
+        if not isinstance(model, nn.Module) or any(isinstance(module, FSDP1) for module in model.modules()):
+            return ModuleSource(model)
+        _reshard(model)
+        makeup = list(_makeup(model))
+        known = self._known.get(model)
+        if known is None or known[0] != makeup:
+            known = self._known[model] = (makeup, ModuleSource(model))
+        return known[1]
+
+
+def _makeup(model: nn.Module) -> Iterator[Any]:
+    """What a source depends on. The numbers of tensors stay theirs: a source holds what it was made of."""
+    for name, module in model.named_modules():
+        yield name, type(module), getattr(module, "merged", None)
+        for tensors in (module._parameters, module._buffers):
+            for key, tensor in tensors.items():
+                if tensor is not None:
+                    yield key, id(tensor), type(tensor), tensor.dtype, tensor.shape, tensor.device
 
 
 def _reshard(model: nn.Module) -> None:

@@ -45,6 +45,9 @@ class Held(Protocol):
     def release(self) -> None:
         """Drop what `whole` kept for the next call."""
 
+    def own_memory(self, dtype: torch.dtype) -> torch.Tensor | None:
+        """What `whole(dtype)` gives if that is the parameter's own memory, wherever it lies now; else None."""
+
 
 class TensorHeld:
     """A tensor of this process, or a DTensor on any mesh: shards and replicas are put together."""
@@ -63,6 +66,10 @@ class TensorHeld:
 
     def release(self) -> None:
         """Nothing is kept."""
+
+    def own_memory(self, dtype: torch.dtype) -> torch.Tensor | None:
+        spread = isinstance(self._tensor, DTensor)
+        return self._tensor if self._tensor.dtype == dtype and not spread else None
 
 
 def checkpoint_tensors(model: nn.Module) -> Iterator[tuple[str, tuple[Held, torch.dtype]]]:

@@ -66,11 +66,11 @@ class Bucket:
     entries: tuple[Entry, ...]
     num_bytes: int
 
-    @property
+    @cached_property
     def names(self) -> tuple[str, ...]:
         return tuple(entry.tensor.name for entry in self.entries)
 
-    @property
+    @cached_property
     def slots(self) -> tuple[Slot, ...]:
         return tuple(slot for entry in self.entries for slot in (entry.values, entry.scale) if slot is not None)
 
@@ -83,11 +83,11 @@ class Layout:
     bucket_bytes: int
     buckets: tuple[Bucket, ...]
 
-    @property
+    @cached_property
     def num_bytes(self) -> int:
         return sum(bucket.num_bytes for bucket in self.buckets)
 
-    @property
+    @cached_property
     def largest_bucket_bytes(self) -> int:
         return max(bucket.num_bytes for bucket in self.buckets)
 
