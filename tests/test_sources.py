@@ -99,7 +99,7 @@ def test_an_adapter_that_is_no_longer_merged_is_seen() -> None:
 
     model, sources = nn.Sequential(Adapter(nn.Linear(4, 4, bias=False))), Sources()
     sources.of(model)
-    model[0].merged = False
+    setattr(model[0], "merged", False)  # noqa: B010
     with pytest.raises(ConfigError, match="not merged"):
         sources.of(model)
 
