@@ -5,6 +5,8 @@ All is resolved once into pairs of views; when a bucket comes there is no name, 
     accept(i)    bucket buffer -> image     one grouped copy a bucket
     commit()     image -> live parameters   one grouped copy, in place; addresses never change
 
+On a GPU a grouped copy is a launch or two, from tables that are made here (`receiver_plugin/grouped_copy.py`).
+
 The image is as large as the parameters of this rank and lies in a `Room`: one piece of memory, or several, among which
 parameters are cut wherever one ends. A room without an image has the live parameters themselves in its place.
 """
@@ -13,6 +15,8 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -77,6 +81,7 @@ class Staging:
         if not self._in_place:
             self._fill()
         self._scatter = self._resolve(plan.copies)
+        self._commit = copier(*self._whole_parameters())
 
     @property
     def num_bytes(self) -> int:
@@ -92,18 +97,20 @@ class Staging:
             for window, _ in self._targets[fill.parameter].windows(fill.parameter_view):
                 window.fill_(fill.value)
 
-    def _resolve(self, copies: tuple[Copy, ...]) -> list[tuple[list[torch.Tensor], list[torch.Tensor]]]:
+    def _resolve(self, copies: tuple[Copy, ...]) -> list[Callable[[], None] | None]:
         by_source: dict[str, list[Copy]] = {}
         for copy in copies:
             by_source.setdefault(copy.source, []).append(copy)
-        return [self._pairs(bucket, by_source) for bucket in self._layout.buckets]
+        return [copier(*self._pairs(bucket, by_source)) for bucket in self._layout.buckets]
 
     def _pairs(self, bucket: Bucket, by_source: dict[str, list[Copy]]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         to, of, arriving = [], [], self.bucket(bucket.index)
+        arrived = {dtype: arriving.view(dtype) for dtype in {slot.dtype for slot in bucket.slots}}
         for slot in bucket.slots:
-            arrived = slot.view(arriving)
+            elements, first = arrived[slot.dtype], slot.offset_bytes // slot.dtype.itemsize
             for copy in by_source.get(slot.name, ()):
-                source = copy.source_view.of(arrived)
+                offset, size, stride = copy.source_view
+                source = elements.as_strided(size, stride, elements.storage_offset() + first + offset)
                 for target, box in self._targets[copy.parameter].windows(copy.parameter_view):
                     part = source if box is None else _part(source.expand(copy.parameter_view.size), box)
                     if target.dtype == part.dtype and target.dtype.itemsize == 1:
@@ -126,10 +133,9 @@ class Staging:
 
     def scatter(self, index: int) -> None:
         """Spread bucket `index`, which has arrived, over the image, or over the live parameters."""
-        to, of = self._scatter[index]
-        if to:
+        if (copy := self._scatter[index]) is not None:
             self.touched |= self._in_place
-            torch._foreach_copy_(to, of)
+            copy()
 
     def check_addresses(self) -> str | None:
         """The name of a parameter that no longer lies where it was when the plan was made, or None."""
@@ -142,14 +148,34 @@ class Staging:
             self.touched = True
             self._fill()
             return
-        live, staged = [], []
-        for target in self._targets.values():
+        if self._commit is not None:
+            self._commit()
+
+    def _whole_parameters(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Live parameters and their image, as bytes. Nothing if there is no image."""
+        live: list[torch.Tensor] = []
+        staged: list[torch.Tensor] = []
+        for target in self._targets.values() if not self._in_place else ():
             whole = _bytes(target.parameter)
             for start, tensor in target.pieces:
                 first = start * tensor.dtype.itemsize
                 live.append(whole[first : first + tensor.nbytes])
                 staged.append(_bytes(tensor))
-        torch._foreach_copy_(live, staged)
+        return live, staged
+
+
+def copier(to: list[torch.Tensor], of: list[torch.Tensor]) -> Callable[[], None] | None:
+    """What copies `of` to `to`, pair by pair, whenever it is called; None if there is nothing to copy.
+
+    On a GPU it knows addresses only: the caller keeps the memory of both.
+    """
+    if not to:
+        return None
+    if to[0].device.type == "cuda" and find_spec("triton") is not None:
+        from receiver_plugin.grouped_copy import GroupedCopy
+
+        return GroupedCopy(to, of).run
+    return partial(torch._foreach_copy_, to, of)
 
 
 def cut(view: View, bounds: Sequence[int]) -> Iterator[Box]:

@@ -17,7 +17,9 @@ That holds as long as those who tamper see no digests: they travel in `Verify`, 
 from __future__ import annotations
 
 import hashlib
-from functools import lru_cache
+from collections.abc import Callable
+from functools import cache, lru_cache
+from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -37,20 +39,70 @@ def digest(data: torch.Tensor, *, secret: str, version: int, bucket: int, first_
     Raises:
         ConfigError: `data` is not flat contiguous uint8 of a multiple of 4 bytes.
     """
+    return number(start_digest(data, secret=secret, version=version, bucket=bucket, first_word=first_word))
+
+
+def start_digest(data: torch.Tensor, *, secret: str, version: int, bucket: int, first_word: int = 0) -> torch.Tensor:
+    """The digest as int64 (0-d, on the device of `data`), which `number` reads. On a GPU nothing waits for it: `data`
+    is read on the current stream, one launch, and may be overwritten by what follows on that stream.
+
+    Raises: ConfigError: as `digest`.
+    """
     if data.dtype != torch.uint8 or data.dim() != 1 or not data.is_contiguous() or data.numel() % WORD_BYTES:
         raise ConfigError(f"digest needs flat contiguous uint8 of a multiple of 4 bytes, got {data.dtype} {data.shape}")
     words = data.view(torch.int32)
     if not words.numel():
-        return 0
+        return torch.zeros((), dtype=torch.int64, device=data.device)
     first_page, at = divmod(first_word, _PAGE_WORDS)
-    table, sums, done = _table(secret, data.device, _at_least(min(at + words.numel(), _PAGE_WORDS))), [], 0
+    num_pages = -(-(at + words.numel()) // _PAGE_WORDS)
+    pages = _page_multipliers(secret, version, bucket, first_page, num_pages)
+    if (digest_many := _kernel(data.device)) is None:
+        return _in_torch(words, at, secret, pages.to(data.device))
+    return digest_many(words, _table(secret, data.device, _PAGE_WORDS), _sent(pages, data.device), at)
+
+
+def number(found: torch.Tensor) -> int:
+    """What `start_digest` returned as an unsigned 64-bit number; waits for it."""
+    return int(found.item()) & _MASK
+
+
+def warm(secret: str, device: torch.device) -> None:
+    """Do once what the first digest with `secret` on a GPU would do beside its work: draw T, which takes about 30 ms of
+    a processor, move it there, and compile. Elsewhere nothing: T is drawn as large as a bucket needs it.
+    """
+    if _kernel(device) is not None:
+        digest(torch.zeros(WORD_BYTES, dtype=torch.uint8, device=device), secret=secret, version=0, bucket=0)
+
+
+def _kernel(device: torch.device) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor] | None:
+    """`shared.triton_digest.digest_many`, or None where torch does it: not on a GPU, or without Triton."""
+    return _triton() if device.type == "cuda" else None
+
+
+@cache
+def _triton() -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor] | None:
+    if find_spec("triton") is None:  # no wheel for this platform, or left out on purpose
+        return None
+    from shared.triton_digest import digest_many
+
+    return digest_many
+
+
+def _sent(pages: torch.Tensor, device: torch.device) -> torch.Tensor:
+    if device.type != "cuda":
+        return pages.to(device)
+    # PyTorch keeps pinned memory until it was read; a copy from other memory would wait for the stream.
+    return pages.pin_memory().to(device, non_blocking=True)
+
+
+def _in_torch(words: torch.Tensor, at: int, secret: str, pages: torch.Tensor) -> torch.Tensor:
+    table, sums, done = _table(secret, words.device, _at_least(min(at + words.numel(), _PAGE_WORDS))), [], 0
     while done < words.numel():
-        at = (first_word + done) % _PAGE_WORDS
-        num = min(_PAGE_WORDS - at, words.numel() - done)
-        sums.append(_dot(words[done : done + num], table[at : at + num]))
+        place = (at + done) % _PAGE_WORDS
+        num = min(_PAGE_WORDS - place, words.numel() - done)
+        sums.append(_dot(words[done : done + num], table[place : place + num]))
         done += num
-    pages = _page_multipliers(secret, version, bucket, first_page, len(sums)).to(data.device)
-    return int((torch.stack(sums) * pages).sum().item()) & _MASK
+    return (torch.stack(sums) * pages).sum()
 
 
 def _dot(words: torch.Tensor, multipliers: torch.Tensor) -> torch.Tensor:
