@@ -93,7 +93,8 @@ class Transfer:
 
 class Session:
     """`join` opens this rank's half of the data plane; it may block. `stage` makes the staging, on `device`: once where
-    the server stages in memory of its own, else for every transfer, in memory that is lent for as long.
+    the server stages in memory of its own, else for every transfer, in memory that is lent for as long; it is given
+    what the last transfer left of its own.
 
     Raises:
         PlanError: no memory.
@@ -104,14 +105,15 @@ class Session:
         opened: Open,
         layout: Layout,
         way: StagingWay,
-        stage: Callable[[], Staging],
+        stage: Callable[[Staging | None], Staging],
         join: Callable[[], ReceiveHalf],
         device: torch.device,
     ) -> None:
         self.id, self.sender, self._secret = opened.session, opened.sender, opened.rendezvous.secret
         self.way, self._stage, self._device = way, stage, device
         self.exclusive = way != "reserved"  # its transfers use what requests use
-        self._staging: Staging | None = None if self.exclusive else stage()
+        self._staging: Staging | None = None if self.exclusive else stage(None)
+        self._left: Staging | None = None  # that of the last transfer, without its memory
         self.transfer: Transfer | None = None
         self.lost: str | None = None  # why no push can come through this session
         self.ended, self._own_fault = "never begun", False
@@ -136,13 +138,13 @@ class Session:
     def make_room(self) -> None:
         """Take the memory that a transfer needs. Raises: PlanError."""
         if self._staging is None:
-            self._staging = self._stage()
+            self._staging, self._left = self._stage(self._left), None
 
     def give_room_back(self) -> None:
         """Let go of memory that was only lent. Bytes of weights do not stay in it."""
         if self._staging is not None and self.exclusive:
             staging, self._staging = self._staging, None
-            staging.room.leave()
+            self._left = staging if staging.leave() else None
 
     def begin(self, version: int, deadline_s: float) -> None:
         self.transfer = Transfer(version, deadline_s, self.staging)

@@ -60,9 +60,10 @@ class Sessions:
         """A new session; `make_staging(room)`. Raises: PlanError: no memory on some rank; there is no session then."""
         way = choose(message.staging, collect(self._ranks, lambda: obstacles(need, self._memory, message.staging)))
 
-        def stage() -> Staging:
+        def stage(left: Staging | None) -> Staging:
             self._closed = [session for session in self._closed if session.lingers]
-            return make_staging(enter(way, need, self._memory, bucket_taken=bool(self._closed)))
+            room = enter(way, need, self._memory, bucket_taken=bool(self._closed))
+            return left if left is not None and left.enter(room) else make_staging(room)
 
         def start() -> None:
             self.current = Session(message, layout, way, stage, join, need.device)

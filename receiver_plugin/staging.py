@@ -82,10 +82,25 @@ class Staging:
             self._fill()
         self._scatter = self._resolve(plan.copies)
         self._commit = copier(*self._whole_parameters())
+        # The tables of a GPU are made of these addresses, and hold no memory.
+        self._bucket_address = self.room.bucket.data_ptr() if need.device.type == "cuda" and self._in_place else None
 
     @property
     def num_bytes(self) -> int:
         return sum(buffer.numel() for buffer in self.room.buffers) + self.room.bucket.numel()
+
+    def leave(self) -> bool:
+        """Give the memory back; whether `enter` may be tried with other memory."""
+        self.room.leave()
+        self.room = Room(self.room.way, [], self.room.bucket.new_empty(0))
+        return self._bucket_address is not None
+
+    def enter(self, room: Room) -> bool:
+        """Whether all that was resolved holds in `room`; it is taken then, for another transfer."""
+        if room.bucket.data_ptr() != self._bucket_address:
+            return False
+        self.room, self.touched = room, False
+        return True
 
     def bucket(self, index: int) -> torch.Tensor:
         """Where bucket `index` arrives, flat uint8: in the place of bucket `index - num_buckets`."""
