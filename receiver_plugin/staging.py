@@ -102,10 +102,12 @@ class Staging:
         self, slots: tuple[Slot, ...], by_source: dict[str, list[Copy]]
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         to, of = [], []
+        arrived = {dtype: self.bucket.view(dtype) for dtype in {slot.dtype for slot in slots}}
         for slot in slots:
-            arrived = slot.view(self.bucket)
+            elements, first = arrived[slot.dtype], slot.offset_bytes // slot.dtype.itemsize
             for copy in by_source.get(slot.name, ()):
-                source = copy.source_view.of(arrived)
+                offset, size, stride = copy.source_view
+                source = elements.as_strided(size, stride, elements.storage_offset() + first + offset)
                 for target, box in self._targets[copy.parameter].windows(copy.parameter_view):
                     part = source if box is None else _part(source.expand(copy.parameter_view.size), box)
                     if target.dtype == part.dtype and target.dtype.itemsize == 1:
