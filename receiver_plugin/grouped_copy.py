@@ -8,8 +8,8 @@ A pair whose two sides differ in element type or shape is left to torch.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from receiver_plugin.triton_copy import NUM_UNITS, UNITS, copy_rectangles
+from receiver_plugin.triton_copy import NUM_UNITS, NUM_WARPS, UNITS, copy_rectangles, warm
 
 Numbers = NDArray[np.int64]
 
@@ -47,23 +47,32 @@ class GroupedCopy:
     Only addresses are kept: the caller keeps the memory of both. `alone` (to, of) are the pairs that are left to torch.
     """
 
-    def __init__(self, to: Sequence[Tensor], of: Sequence[Tensor]) -> None:
+    def __init__(
+        self, to: Sequence[Tensor], of: Sequence[Tensor], num_units: int = NUM_UNITS, num_warps: int = NUM_WARPS
+    ) -> None:
         (self._device,) = {tensor.device for tensor in (*to, *of)}
+        self._sizes = {"num_units": num_units, "num_warps": num_warps}
         found, left = rectangles(to, of)
         self.launches = [
             Launch(launch.unit_bytes, *(table.to(self._device) for table in launch[1:]))
-            for launch in launches(split(joined(found)))
+            for launch in launches(split(joined(found)), num_units)
         ]
         self.alone = [to[number] for number in left], [of[number] for number in left]
+        with self._current():
+            for launch in self.launches:
+                warm(self._device, launch.unit_bytes)
 
     def run(self) -> None:
         """On the current stream, without waiting for it."""
-        # Triton launches on the current device, whatever device the tensors are on.
-        with torch.cuda.device(self._device) if self._device.type == "cuda" else contextlib.nullcontext():
+        with self._current():
             for unit_bytes, table, rectangle_of_program in self.launches:
-                copy_rectangles(table, rectangle_of_program, unit_bytes=unit_bytes)
+                copy_rectangles(table, rectangle_of_program, unit_bytes=unit_bytes, **self._sizes)
         if self.alone[0]:
             torch._foreach_copy_(*self.alone)
+
+    def _current(self) -> AbstractContextManager[object]:
+        """Triton launches on the current device, whatever device the tensors are on."""
+        return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
 
 
 def rectangles(to: Sequence[Tensor], of: Sequence[Tensor]) -> tuple[Numbers, list[int]]:
@@ -146,7 +155,7 @@ def split(found: Numbers) -> Numbers:
     return np.concatenate([whole, rest])
 
 
-def launches(found: Numbers) -> Iterator[Launch]:
+def launches(found: Numbers, num_units: int = NUM_UNITS) -> Iterator[Launch]:
     """The tables of all rectangles, on the host: for each, the largest unit that divides its addresses and lengths."""
     apart = np.bitwise_or.reduce(np.delete(found, ROWS, axis=1), axis=1)
     left = np.ones(len(found), bool)
@@ -158,7 +167,7 @@ def launches(found: Numbers) -> Iterator[Launch]:
         table = np.empty((int(mine.sum()), 7), np.int64)
         table[:, 1:] = found[mine]
         table[:, 1 + WIDTH :] //= unit_bytes
-        programs = -(-table[:, 1 + ROWS] * table[:, 1 + WIDTH] // NUM_UNITS)
+        programs = -(-table[:, 1 + ROWS] * table[:, 1 + WIDTH] // num_units)
         table[:, 0] = np.cumsum(programs) - programs
         numbers = np.repeat(np.arange(len(table), dtype=np.int32), programs)
         yield Launch(unit_bytes, torch.from_numpy(table), torch.from_numpy(numbers))

@@ -13,6 +13,7 @@ from receiver_plugin.ranks import Ranks, collect, gather
 from receiver_plugin.rooms import Memory, Need, choose, enter, obstacles
 from receiver_plugin.session import Session
 from receiver_plugin.staging import Staging
+from shared import digest
 from shared import protocol as wire
 from shared.buckets import Layout
 from shared.errors import Fp8SyncError, ServerBusyError, SessionLostError
@@ -65,8 +66,12 @@ class Sessions:
             room = enter(way, need, self._memory, bucket_taken=bool(self._closed))
             return left if left is not None and left.enter(room) else make_staging(room)
 
+        def join_warm() -> ReceiveHalf:
+            digest.warm(message.rendezvous.secret, need.device)  # the first push is like the others
+            return join()
+
         def start() -> None:
-            self.current = Session(message, layout, way, stage, join, need.device)
+            self.current = Session(message, layout, way, stage, join_warm, need.device)
 
         try:
             collect(self._ranks, start)

@@ -9,6 +9,9 @@ Rows are counted in units of `UNIT_BYTES`, which divides every address, width an
 
 from __future__ import annotations
 
+from functools import cache
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -17,7 +20,7 @@ FIELDS = 7
 UNITS = (16, 4, 2, 1)
 NUM_UNITS = 1024
 """Units that a program copies: 16 KiB where rectangles are on 16 bytes."""
-_NUM_WARPS = 4
+NUM_WARPS = 4
 
 
 @triton.jit
@@ -70,19 +73,24 @@ def _copy_kernel(
         tl.store(destination_ptr + at + words, bits, mask=inside)
 
 
-INTERPRETED = not isinstance(_copy_kernel, triton.JITFunction)
-"""True if TRITON_INTERPRET=1 was set when this module was imported: it runs on the host, for tensors anywhere."""
-
-
 def copy_rectangles(
     rectangles: Tensor,
     rectangle_of_program: Tensor,
     *,
     unit_bytes: int,
     num_units: int = NUM_UNITS,
-    num_warps: int = _NUM_WARPS,
+    num_warps: int = NUM_WARPS,
 ) -> None:
     """One launch on the current stream and device; tables as in this module's docstring, checked by the caller."""
     _copy_kernel[(rectangle_of_program.numel(),)](
         rectangles, rectangle_of_program, UNIT_BYTES=unit_bytes, NUM_UNITS=num_units, num_warps=num_warps
     )
+
+
+@cache
+def warm(device: torch.device, unit_bytes: int) -> None:
+    """Compile and load, so that no push does: copies one unit of nothing. `device` is the current one."""
+    memory = torch.zeros(2 * unit_bytes, dtype=torch.uint8, device=device)
+    row = (0, memory.data_ptr(), memory.data_ptr() + unit_bytes, 1, 1, 0, 0)
+    table = torch.tensor([row], dtype=torch.int64).to(device)
+    copy_rectangles(table, torch.zeros(1, dtype=torch.int32, device=device), unit_bytes=unit_bytes)

@@ -69,10 +69,6 @@ def _digest_kernel(
     tl.atomic_add(out_ptr, total, sem="relaxed")
 
 
-INTERPRETED = not isinstance(_digest_kernel, triton.JITFunction)
-"""True if TRITON_INTERPRET=1 was set when this module was imported: it runs on the host, for tensors anywhere."""
-
-
 def digest_many(
     words: Tensor,
     table: Tensor,
