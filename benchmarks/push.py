@@ -288,4 +288,6 @@ def compare_all(run: Run, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    os._exit(status)  # communicators whose other end is gone can keep an interpreter from ending

@@ -29,7 +29,7 @@ from shared.numerics import scale_shape
 from shared.protocol import ManifestTensor
 
 BUCKET_BYTES = 1 << 30
-GROUP_TIMEOUT_S = 120.0
+GROUP_TIMEOUT_S = 1800.0  # longer than any deadline here: torch's NCCL watchdog ends the whole process then
 FIRST_WITH_SESSIONS = Version("0.5.21")  # before it there are no routes to begin and end an update
 Named = list[tuple[str, Tensor]]
 
@@ -164,8 +164,8 @@ class StockRoute:
             raise RuntimeError(f"/flush_cache: {reply.text}")
         return num_bytes
 
-    def close(self) -> None:
-        """Leave the group at once, also where the server never came to a broadcast. Stop the server next."""
+    def abandon(self) -> None:
+        """After a failure: end on this device what waits for a server that never came. The server keeps its end."""
         if dist.get_backend(self._group) == "nccl":
             dist.distributed_c10d._abort_process_group(self._group)
         self._pool.shutdown(wait=False, cancel_futures=True)

@@ -115,7 +115,8 @@ def stock_row(
     num_pushes: int,
     device: torch.device,
 ) -> Row:
-    """The same of `push`, which returns the bytes that it sent. `prepare` is the process group."""
+    """The same of `push`, which returns the bytes that it sent. `prepare` is the process group, without its
+    communicator, which the first push makes."""
     import sglang.srt.utils  # noqa: F401  (takes seconds, which are not those of a process group)
 
     memory, pushes = Memory(device), []
@@ -124,8 +125,9 @@ def stock_row(
         for number in range(1 + num_pushes):
             pushed, num_bytes = in_turn(trainer, number, 1 + num_pushes, lambda: push(route))
             pushes.append(pushed)
-    finally:
-        route.close()
+    except BaseException:
+        route.abandon()  # or later ways would wait behind a broadcast that nobody receives
+        raise
     return Row(way=way, num_bytes=num_bytes, prepare_s=prepared.total_s, pushes=pushes, extra_bytes=memory.extra())
 
 
