@@ -6,6 +6,8 @@ Used by proofs, on servers that were pushed to and on servers that loaded a chec
 from __future__ import annotations
 
 import hashlib
+import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -14,6 +16,8 @@ from torch import nn
 from receiver_plugin.held import destinations, plain_tensors
 from shared import protocol as wire
 
+NUM_THREADS = min(8, os.cpu_count() or 1)  # copying and hashing leave Python to others
+
 
 def fingerprint(model: nn.Module) -> dict[str, str]:
     """Name -> SHA-256, hex, over element type, shape and raw bytes, for each tensor that `model` holds.
@@ -21,10 +25,13 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
     Parameters, buffers, and tensors that modules hold as plain attributes, such as weights derived from parameters.
     """
     tensors = {**dict(plain_tensors(model)), **destinations(model)}
-    return {name: _sha256(tensor.detach()) for name, tensor in sorted(tensors.items())}
+    names = sorted(tensors)
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        return dict(zip(names, pool.map(sha256, [tensors[name].detach() for name in names]), strict=True))
 
 
-def _sha256(tensor: torch.Tensor) -> str:
+def sha256(tensor: torch.Tensor) -> str:
+    """Hex, over element type, shape and raw bytes."""
     found = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
     if tensor.numel():
         found.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
