@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from receiver_plugin.probe import fingerprint
 from receiver_plugin.ranks import SingleRank
 from receiver_plugin.receiver import Receiver
-from receiver_plugin.staging import Staging
+from receiver_plugin.staging import Staging, copier
 from receiver_plugin.startup import fence_reason
 from sender import FP8Sender, Shard, export_checkpoint
 from sender.control import ControlClient, checked
@@ -288,7 +288,7 @@ def test_a_rank_that_cannot_receive_fails_the_push_at_once(plane: protocol.Plane
 
     def make_staging(*parts: Any) -> Staging:
         staging = Staging(*parts)
-        staging._scatter[1] = ([torch.zeros(3)], [torch.zeros(5)])
+        staging._scatter[1] = copier([torch.zeros(3)], [torch.zeros(5)])
         return staging
 
     server, model = Server(), Trainer()
