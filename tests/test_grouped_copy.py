@@ -79,7 +79,8 @@ def test_contiguous_bytes(num_bytes: int) -> None:
 def test_odd_addresses(start: int) -> None:
     memory, source = noise(3000, seed=1), noise(3000)
     for to_start, of_start in ((start, 0), (0, start), (start, start)):
-        check(memory, [(memory[to_start : to_start + 2000], source[of_start : of_start + 2000])])
+        ours = check(memory, [(memory[to_start : to_start + 2000], source[of_start : of_start + 2000])])
+        assert units(ours) == [min(start & -start, 4)]
 
 
 @pytest.mark.parametrize("cols", [1, 3, 4, 48, 128, 192, 1000, 2048, 20_000])
@@ -144,6 +145,27 @@ def test_neighbours_on_both_sides_are_one_rectangle() -> None:
     ours = check(memory, pairs)
     assert [(launch.unit_bytes, len(launch.table)) for launch in ours.launches] == [(16, 2), (2, 1)]
     assert [row[3:5] for row in numbers(ours)] == [[1, 66], [1, 64], [1, 3]]
+
+
+def test_neighbours_on_one_side_stay_apart() -> None:
+    memory, source = noise(4096, seed=1), noise(4096)
+    kinds = [(memory[:64], source[:64]), (memory[64:80], source[128:144]), (memory[128:192], source[144:208])]
+    assert len(numbers(check(memory, kinds))) == 3
+    wide = source[1024:2048].view(16, 64)  # goes on where the row before it ends, with rows of its own
+    pairs = [(memory[1024:1088], source[960:1024]), (memory[1088:1344].view(16, 16), wide[:, :16])]
+    assert [row[3] for row in numbers(check(memory, pairs))] == [1, 16]
+
+
+def test_what_follows_one_another_may_be_of_other_shapes() -> None:
+    memory, source = noise(4096, seed=1), noise(4096)
+    cuts = [(0, 64, (64,)), (64, 128, (4, 16)), (128, 192, (64,)), (192, 256, (4, 16))]
+    ours = check(memory, [(memory[a:b].view(shape), source[a:b].view(shape)) for a, b, shape in cuts])
+    assert [row[3:5] for row in numbers(ours)] == [[1, 16]]
+
+
+def test_the_order_of_dimensions_does_not_matter() -> None:
+    memory, source = noise(4096, seed=1).view(64, 64), noise(64 * 128).view(64, 128)
+    assert [row[3:5] for row in numbers(check(memory, [(memory.t(), source[:, 32:96].t())]))] == [[64, 4]]
 
 
 @pytest.mark.parametrize("seed", range(20))
