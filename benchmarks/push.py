@@ -239,7 +239,7 @@ def measure_limits(run: Run) -> None:
 def staging_gb(trainer: Trainer, config: FP8BlockConfig, bucket_mib: Sequence[int]) -> str:
     """For `--fp8sync-staging`: an image, the largest bucket, and what a server holds beside its weights."""
     layouts = [layout_of(trainer.weights, config, mib << 20) for mib in bucket_mib]
-    num_bytes = layouts[0].num_bytes * 1.01 + max(layout.largest_bucket_bytes for layout in layouts) + 100e6
+    num_bytes = layouts[0].num_bytes * 1.01 + max(layout.window_bytes(2) for layout in layouts) + 100e6
     return f"{num_bytes / 1e9:.2f}"
 
 

@@ -93,6 +93,12 @@ class Receiver:
         return self._sessions.current
 
     @property
+    def is_receiving(self) -> bool:
+        """Whether bytes are on their way, which a thread of this process takes in."""
+        transfer = self._session.transfer if self._session else None
+        return transfer is not None and not transfer.done.is_set()
+
+    @property
     def fence(self) -> str | None:
         """Why requests must be refused, or None."""
         return self._fence

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from torch import nn
 
 from receiver_plugin.held import destinations
-from receiver_plugin.rooms import aligned
+from receiver_plugin.rooms import aligned, num_at_once
 from shared.buckets import DEFAULT_BUCKET_BYTES
 from shared.errors import ConfigError
 
@@ -49,11 +49,15 @@ def image_bytes(model: nn.Module) -> int:
 
 
 def bucket_bytes(model: nn.Module, tp_size: int) -> int:
-    """A bucket of the usual size, or one for the largest checkpoint tensor and its scale, estimated from above."""
+    """A bucket of the usual size, or one for the largest checkpoint tensor and its scale, estimated from above; on a
+    GPU one of the usual size beside it.
+    """
     # What is stacked in three dimensions, as experts are, comes one by one; the rest may be cut into `tp_size` parts.
-    sizes = [t.nbytes // (max(t.shape[0], 1) if t.dim() == 3 else 1) for t in destinations(model).values()]
+    tensors = list(destinations(model).values())
+    sizes = [t.nbytes // (max(t.shape[0], 1) if t.dim() == 3 else 1) for t in tensors]
     largest = max(sizes, default=0) * tp_size
-    return max(DEFAULT_BUCKET_BYTES, aligned(largest + largest // 4096 + 1))
+    num = max((num_at_once(t.device) for t in tensors), default=1)
+    return max(DEFAULT_BUCKET_BYTES, aligned(largest + largest // 4096 + 1)) + (num - 1) * DEFAULT_BUCKET_BYTES
 
 
 def reserved_bytes(wanted: int | None, ranks: list[Account], mine: int) -> tuple[int, str]:

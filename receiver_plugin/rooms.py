@@ -44,10 +44,10 @@ class Memory(Protocol):
 
 @dataclass(frozen=True)
 class Need:
-    """What a push takes on this rank: an image of `sizes` (bytes by parameter) and buckets to receive into."""
+    """What a push takes on this rank: an image of `sizes` (bytes by parameter) and `Layout.window_bytes`."""
 
     sizes: dict[str, int]
-    bucket_bytes: int  # of all of them
+    bucket_bytes: int
     device: torch.device
 
     @classmethod
@@ -55,7 +55,7 @@ class Need:
         parameters = destinations(model)
         touched = dict.fromkeys([*(c.parameter for c in plan.copies), *(f.parameter for f in plan.fills)])
         device = next(iter(parameters.values())).device
-        size = num_buckets(device) * aligned(layout.largest_bucket_bytes)
+        size = layout.window_bytes(num_at_once(device))
         return cls({name: parameters[name].nbytes for name in touched}, size, device)
 
     @property
@@ -67,7 +67,7 @@ class Need:
 class Room:
     """Memory for one transfer or more. `buffers` (flat uint8) hold the image; none if there is no image.
 
-    `bucket`: room for `num_buckets` of them, one behind the other.
+    `bucket`: what `Layout.window` lays buckets into.
     """
 
     way: StagingWay
@@ -81,8 +81,8 @@ class Room:
                 buffer.zero_()
 
 
-def num_buckets(device: torch.device) -> int:
-    """A GPU receives into one while it takes the other."""
+def num_at_once(device: torch.device) -> int:
+    """Buckets that are there at a time: a GPU receives one while it takes the one before."""
     return 2 if device.type == "cuda" else 1
 
 

@@ -25,7 +25,7 @@ from torch import nn
 from receiver_plugin.binding import BindingPlan
 from receiver_plugin.held import destinations
 from receiver_plugin.recorder import Copy
-from receiver_plugin.rooms import Need, Room, aligned, num_buckets, own_room
+from receiver_plugin.rooms import Need, Room, aligned, num_at_once, own_room
 from receiver_plugin.windows import View
 from shared.buckets import Bucket, Layout
 from shared.coverage import Box
@@ -67,7 +67,7 @@ class Staging:
     def __init__(self, model: nn.Module, plan: BindingPlan, layout: Layout, room: Room | None = None) -> None:
         need = Need.of(model, plan, layout)
         self.room = room or own_room(need)
-        self.num_buckets = num_buckets(need.device)
+        self.num_at_once = num_at_once(need.device)
         self.plan = plan
         self.touched = False  # whether live parameters were written to
         self._in_place = self.room.way == "in_place"
@@ -103,9 +103,8 @@ class Staging:
         return True
 
     def bucket(self, index: int) -> torch.Tensor:
-        """Where bucket `index` arrives, flat uint8: in the place of bucket `index - num_buckets`."""
-        first = index % self.num_buckets * (self.room.bucket.numel() // self.num_buckets)
-        return self.room.bucket[first : first + self._layout.buckets[index].num_bytes]
+        """Where bucket `index` arrives, flat uint8, when bucket `index - num_at_once` is no longer there."""
+        return self._layout.window(index, self.room.bucket, self.num_at_once)
 
     def _fill(self) -> None:
         for fill in self.plan.fills:

@@ -13,7 +13,7 @@ from shared.errors import NonFiniteWeightError
 class Packer:
     """Reused bucket buffers on the device of the weights; on a GPU a few launches a bucket, elsewhere one a tensor.
 
-    A GPU has two, one of which is filled while the other one is sent.
+    On a GPU one is filled while the other one is sent.
 
     Non-finite weights are noted on the device, without waiting for it, and raised by `check_finite` once a push.
     """
@@ -22,8 +22,8 @@ class Packer:
         self._config = config
         self._names = [tensor.name for tensor in layout.tensors]
         self._row = {name: row for row, name in enumerate(self._names)}
-        num, size = 2 if device.type == "cuda" else 1, layout.largest_bucket_bytes
-        self._buffers = [torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(num)]
+        self._layout, self._num_at_once = layout, 2 if device.type == "cuda" else 1
+        self._memory = torch.zeros(layout.window_bytes(self._num_at_once), dtype=torch.uint8, device=device)
         self._nonfinite = torch.zeros(len(self._names), dtype=torch.int32, device=device)
         self._gaps = [_gaps(bucket, device) for bucket in layout.buckets]
         self._grouped = None
@@ -37,7 +37,7 @@ class Packer:
 
     def pack(self, bucket: Bucket, weights: dict[str, torch.Tensor]) -> torch.Tensor:
         """`weights` by name -> flat uint8 [bucket.num_bytes], valid until the next call, on a GPU the one after."""
-        packed = self._buffers[bucket.index % len(self._buffers)][: bucket.num_bytes]
+        packed = self._layout.window(bucket.index, self._memory, self._num_at_once)
         if (gaps := self._gaps[bucket.index]) is not None:
             packed.index_fill_(0, gaps, 0)  # what the buffer held before
         if self._grouped is not None:

@@ -91,6 +91,18 @@ class Layout:
     def largest_bucket_bytes(self) -> int:
         return max(bucket.num_bytes for bucket in self.buckets)
 
+    def window_bytes(self, num_at_once: int) -> int:
+        """Memory for the buckets of a push, of which one, or a bucket and the next one (2), are there at a time."""
+        sizes = [bucket.num_bytes for bucket in self.buckets]
+        return max(sizes) if num_at_once == 1 else max(a + b for a, b in zip(sizes, [*sizes[1:], 0], strict=True))
+
+    def window(self, index: int, memory: torch.Tensor, num_at_once: int) -> torch.Tensor:
+        """Bucket `index` in `memory` (flat uint8, `window_bytes`): every other one lies at its end."""
+        size, first = self.buckets[index].num_bytes, 0
+        if num_at_once == 2 and index % 2:
+            first = memory.numel() - size
+        return memory[first : first + size]
+
     @cached_property
     def plan_hash(self) -> str:
         """SHA-256, hex, over protocol version, manifest and bucket rule: equal on both sides or nothing is sent."""

@@ -48,13 +48,13 @@ class Ahead:
         self._inner.close()
 
 
-@pytest.mark.parametrize("num_buckets", [1, 2])
+@pytest.mark.parametrize("num_at_once", [1, 2])
 @pytest.mark.parametrize("way", ["reserved", "in_place"])
 def test_a_bucket_is_taken_where_it_arrived(
-    num_buckets: int, way: protocol.StagingWay, monkeypatch: pytest.MonkeyPatch
+    num_at_once: int, way: protocol.StagingWay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in (rooms, staging):
-        monkeypatch.setattr(module, "num_buckets", lambda device: num_buckets)
+        monkeypatch.setattr(module, "num_at_once", lambda device: num_at_once)
     halves: list[Ahead] = []
 
     def join(meeting: protocol.Rendezvous, rank: int) -> ReceiveHalf:
@@ -69,7 +69,7 @@ def test_a_bucket_is_taken_where_it_arrived(
             model = Trainer(seed)
             assert sender.push(model).num_buckets > 3
             assert fingerprint(served) == expected(model)
-    assert [half.most for half in halves] == [num_buckets]
+    assert [half.most for half in halves] == [num_at_once]
 
 
 def test_a_server_without_a_gpu_is_refused() -> None:

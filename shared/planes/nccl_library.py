@@ -42,6 +42,7 @@ class _Config(ctypes.Structure):
 
 @lru_cache(maxsize=1)
 def _library() -> ctypes.CDLL:
+    """Its functions let other threads run meanwhile."""
     if not torch.cuda.is_available() or not torch.distributed.is_nccl_available():
         raise TransferError("NCCL needs a GPU and a torch that was built with it")
     torch.cuda.init()  # loads it
@@ -58,8 +59,16 @@ def _library() -> ctypes.CDLL:
         *(ctypes.POINTER(pointer), integer, _UniqueId, integer),
         ctypes.POINTER(_Config),
     )
-    library.ncclCommGetAsyncError.argtypes = (pointer, ctypes.POINTER(integer))
     library.ncclCommAbort.argtypes = (pointer,)
+    return library
+
+
+@lru_cache(maxsize=1)
+def _quick() -> ctypes.PyDLL:
+    """Calls that take microseconds: to let other threads run, and to wait for one's turn again, would take longer."""
+    _library()
+    library, pointer, integer = ctypes.PyDLL("libnccl.so.2"), ctypes.c_void_p, ctypes.c_int
+    library.ncclCommGetAsyncError.argtypes = (pointer, ctypes.POINTER(integer))
     library.ncclBroadcast.argtypes = (pointer, pointer, ctypes.c_size_t, integer, integer, pointer, pointer)
     return library
 
@@ -93,14 +102,14 @@ class Communicator:
     def settled(self) -> bool:
         """Whether what was asked for last has been taken up, or is at least on its stream."""
         state = ctypes.c_int()
-        _check(_library().ncclCommGetAsyncError(self._handle, ctypes.byref(state)), self._comm)
+        _check(_quick().ncclCommGetAsyncError(self._handle, ctypes.byref(state)), self._comm)
         _check(state.value, self._comm)
         return state.value == _SUCCESS
 
     def broadcast(self, data: torch.Tensor, stream: torch.cuda.Stream) -> None:
         """`data` (flat uint8) of rank 0 to all ranks, on `stream`. The kernel runs once all ranks have called it."""
         address = ctypes.c_void_p(data.data_ptr())
-        asked = _library().ncclBroadcast(
+        asked = _quick().ncclBroadcast(
             address, address, data.numel(), _UINT8, 0, self._handle, ctypes.c_void_p(stream.cuda_stream)
         )
         _check(asked, self._comm)
