@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler.init_request_dispatcher"
 _QUEUE = "sglang.srt.managers.scheduler.Scheduler._add_request_to_queue"
-_IDLE = "sglang.srt.managers.scheduler.Scheduler.on_idle"
+_LOOP = "sglang.srt.managers.scheduler.Scheduler.process_input_requests"  # in every turn of the event loop
 _HTTP = "sglang.srt.entrypoints.http_server._setup_and_run_http_server"
 _MANAGER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
 _UPDATER = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
@@ -141,9 +141,13 @@ def _enter_queue(original: Any, scheduler: Any, request: Any, *args: Any, **kwar
         _requests.end(request)
 
 
-def _give_way(result: Any, scheduler: Any) -> None:
-    """An idle scheduler spins, and Python runs one thread: what receives would wait 5 ms before each of its steps."""
-    if _receiver is not None and _receiver.is_receiving:
+def _give_way(result: Any, scheduler: Any, requests: list[Any]) -> None:
+    """A scheduler that is idle or paused spins, and Python runs one thread: what receives would wait 5 ms before each of
+    its steps.
+    """
+    if _receiver is None or not _receiver.is_receiving or requests:
+        return
+    if scheduler._engine_paused or scheduler.is_fully_idle():
         time.sleep(_GIVE_WAY_S)
 
 
@@ -189,7 +193,7 @@ _HOOKS: tuple[tuple[str, Any, HookType], ...] = (
     (_RUNNER, reserve_staging, HookType.AROUND),
     (_SCHEDULER, _attach_receiver, HookType.AFTER),
     (_QUEUE, _enter_queue, HookType.AROUND),
-    (_IDLE, _give_way, HookType.AFTER),
+    (_LOOP, _give_way, HookType.AFTER),
     (_HTTP, run_with_control, HookType.AROUND),
     (f"{_MANAGER}.generate_request", generate, HookType.AROUND),
     (f"{_MANAGER}._send_one_request", send, HookType.AROUND),
