@@ -142,8 +142,8 @@ def _enter_queue(original: Any, scheduler: Any, request: Any, *args: Any, **kwar
 
 
 def _give_way(result: Any, scheduler: Any, requests: list[Any]) -> None:
-    """A scheduler that is idle or paused spins, and Python runs one thread: what receives would wait 5 ms before each of
-    its steps.
+    """A scheduler that is idle or paused spins, and Python runs one thread: what receives would wait 5 ms before each
+    of its steps.
     """
     if _receiver is None or not _receiver.is_receiving or requests:
         return
