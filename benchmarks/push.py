@@ -74,6 +74,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--load", type=int, default=0, metavar="STREAMS", help="push while so many requests generate")
     parser.add_argument("--in-flight", nargs="+", choices=["retract", "keep"], default=["retract", "keep"])
     parser.add_argument("--gpus", nargs=2, default=["0", "1"], metavar="GPU", help="of the trainer, of the server")
+    parser.add_argument("--together", action="store_true", help="all servers are up from the start, in one memory")
     parser.add_argument("--mem-fraction-static", default="0.85", help="of the servers, on a GPU")
     parser.add_argument("--server-arg", action="append", default=[], metavar="WORD", help="more for every server")
     parser.add_argument("--deadline-s", type=float, default=540.0, help="the table is printed then, whatever runs")
@@ -276,15 +277,18 @@ def compare_all(run: Run, folder: Path) -> None:
     if run.chosen.bf16:
         served = ["--model-path", str(model), "--load-format", "dummy"]
         jobs.append(("bf16", served, lambda server: bf16(run, server, trainer)))
-    first = run.start(*jobs[0][:2])
+    started = [run.start(name, args) for name, args, _ in (jobs if run.chosen.together else jobs[:1])]
     trainer.fill(SEEDS[0])
     wanted = expected(trainer.weights, run.config)
     run.say(f"{len(wanted)} parameters expected")
-    for name, args, measure_it in jobs:
-        server = first if name == jobs[0][0] else run.start(name, args)
-        if run.up(server):
-            measure_it(server)
-        server.stop()
+    up = [run.up(server) for server in started]  # nothing is timed while a server starts
+    for number, (name, args, measure_it) in enumerate(jobs):
+        if number == len(started):
+            started.append(run.start(name, args))
+            up.append(run.up(started[-1]))
+        if up[number]:
+            measure_it(started[number])
+        started[number].stop()
 
 
 if __name__ == "__main__":
