@@ -17,10 +17,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from sender.hf_names import checkpoint_cuts
+from sender.hf_names import Cut, Cuts, checkpoint_cuts
 from sender.ranks import TrainerRanks
+from sender.sharding import Sharding, sharding_of
 from sender.wrappers import WIRE_DTYPES as _WIRE_DTYPES
-from sender.wrappers import Held, checkpoint_tensors, refuse_foreign
+from sender.wrappers import Held, TensorHeld, checkpoint_tensors, refuse_foreign
 from shared.buckets import DTYPE_NAMES, DTYPES
 from shared.coverage import Box, overlapped, uncovered
 from shared.errors import ConfigError, PlanError
@@ -34,6 +35,14 @@ class WeightSource(Protocol):
     def tensors(self) -> tuple[TensorSpec, ...]:
         """All checkpoint tensors, the same on every rank, in the order in which they are to be gathered."""
 
+    @property
+    def sharding(self) -> Sharding:
+        """The parameters of which every rank holds some rows, and this rank's rows of them."""
+
+    @property
+    def cuts(self) -> Cuts:
+        """The tensors that are made of each parameter in `sharding`."""
+
     def gather(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
         """Collective. The whole tensors on rank 0, in wire precision; what others get is not used."""
 
@@ -44,20 +53,24 @@ class WeightSource(Protocol):
 class ModuleSource:
     """The parameters of a module under their checkpoint names, whatever wraps them.
 
+    `num_ranks`: over how many ranks parameters may be sharded by rows, to be quantized there; with 1 none are.
+
     Raises:
         NotImplementedError: Megatron-style modules.
         ConfigError: adapters that are not merged; a parameter on the meta device, or of another type than bf16, fp16 or
             fp32; experts stored in a layout that checkpoints do not have.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, num_ranks: int = 1) -> None:
         if not isinstance(model, nn.Module):
             raise ConfigError(f"a {type(model).__name__} is no module: for tensors by name there is push_shards")
         refuse_foreign(model)
         _reshard(model)
         held = _by_name(checkpoint_tensors(model))
-        cuts = checkpoint_cuts(model, {name: parameter.shape for name, (parameter, _) in held.items()})
-        self._cuts = _by_name((cut.name, (*held[name], cut)) for name in held for cut in cuts[name])
+        self.cuts = checkpoint_cuts(model, {name: parameter.shape for name, (parameter, _) in held.items()})
+        tensors = ((name, owner.tensor) for name, (owner, _) in held.items() if isinstance(owner, TensorHeld))
+        self.sharding = sharding_of(tensors, num_ranks)
+        self._cuts = _by_name((cut.name, (*held[name], cut)) for name in held for cut in self.cuts[name])
         specs = (
             {"name": cut.name, "shape": cut.shape, "dtype": DTYPE_NAMES[dtype]} for _, dtype, cut in self._cuts.values()
         )
@@ -129,6 +142,7 @@ class ShardSource:
 
     def __init__(self, shards: Iterable[Shard], ranks: TrainerRanks, timeout_s: float) -> None:
         self._ranks = ranks
+        self.sharding, self.cuts = Sharding(), dict[str, tuple[Cut, ...]]()
         shards = list(shards)
         if wrong := {type(shard).__name__ for shard in shards if not isinstance(shard, Shard)}:
             raise ConfigError(f"shards are sender.Shard objects, not {sorted(wrong)}")
