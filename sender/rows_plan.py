@@ -134,36 +134,25 @@ class _Chunk:
     def __init__(self) -> None:
         self.runs: list[Run] = []
         self.flags: list[int] = []  # the numbers of the tensors
+        self.flags_at = 0  # the first aligned byte behind the runs
         self._slot_ended = False
 
     def place(self, slot: Slot, start: int, stop: int) -> int:
         """Take in the bytes from `start` to `stop` of `slot`; where in the chunk they begin."""
-        to_byte, length, last = slot.offset_bytes + start, stop - start, self.runs[-1] if self.runs else None
-        if (
-            last is not None
-            and self._slot_ended
-            and start == 0
-            and to_byte - _end(last.to_byte, last) < ALIGNMENT_BYTES
-        ):
-            self.runs[-1] = Run(last.from_byte, last.to_byte, to_byte + length - last.to_byte)
+        at, last = slot.offset_bytes + start, self.runs[-1] if self.runs else Run(0, 0, 0)
+        if self._slot_ended and start == 0 and at - last.to_byte - last.num_bytes < ALIGNMENT_BYTES:
+            run = Run(last.from_byte, last.to_byte, at + stop - start - last.to_byte)
+            self.runs[-1] = run
         else:  # as far from a border of the alignment as in the bucket, so that both can be copied in the same words
-            free = _aligned(_end(last.from_byte, last)) if last is not None else 0
-            last = Run(free + to_byte % ALIGNMENT_BYTES, to_byte, length)
-            self.runs.append(last)
+            run = Run(self.flags_at + at % ALIGNMENT_BYTES, at, stop - start)
+            self.runs.append(run)
         self._slot_ended = stop == slot.num_bytes
-        return self.runs[-1].from_byte + to_byte - self.runs[-1].to_byte
-
-    @property
-    def flags_at(self) -> int:
-        return _aligned(_end(self.runs[-1].from_byte, self.runs[-1])) if self.runs else 0
+        self.flags_at = _aligned(run.from_byte + run.num_bytes)
+        return run.from_byte + at - run.to_byte
 
     @property
     def num_bytes(self) -> int:
         return _aligned(self.flags_at + FLAG_BYTES * len(self.flags))
-
-
-def _end(start: int, run: Run) -> int:
-    return start + run.num_bytes
 
 
 def _aligned(num_bytes: int) -> int:

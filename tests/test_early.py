@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -59,8 +60,8 @@ class Odd(nn.Module):
         self.experts = Experts()
         self.norm = nn.RMSNorm(64)
         with torch.no_grad():
-            self.projs[4].weight[100:300] = 0.0  # type: ignore[index, operator]
-            self.projs[6].weight[3, 5] = 3.0e5 if dtype != FP16 else 6.0e4  # type: ignore[index, operator]
+            self.projs[4].weight[100:300] = 0.0  # type: ignore[operator]
+            self.projs[6].weight[3, 5] = 3.0e5 if dtype != FP16 else 6.0e4  # type: ignore[operator]
         self.to(dtype)
 
 
@@ -80,21 +81,22 @@ def packed(model: nn.Module, rank: int, num_ranks: int, config: FP8BlockConfig) 
     plan, gatherer, found = plan_of(source, config, rank, num_ranks), Gatherer(config), list[bytes]()
     for _ in range(2):
         found, gathering = [], gatherer.begin(source, plan)
-        packer = Packer(plan.layout, config, torch.device("cpu"), plan.quantized_early)
+        packer = Packer(plan.layout, config, model.get_parameter("norm.weight").device, plan.quantized_early)
         packer.begin()
         for bucket in plan.layout.buckets:
             gathering.quantize(bucket)
             got = gathering.gather(bucket)
             if rank == 0:
-                found.append(packer.pack(bucket, got.weights, got.rows).numpy().tobytes())
+                found.append(packer.pack(bucket, got.weights, got.rows).cpu().numpy().tobytes())
         packer.check_finite()
     return sorted(plan.quantized_early), found
 
 
-def pack_both_ways(rank: int, size: int) -> list[Any]:
-    found, mesh = [], init_device_mesh("cpu", (size,))
+def pack_both_ways(rank: int, size: int, device: str = "cpu") -> list[Any]:
+    found, mesh = [], init_device_mesh(device, (size,))
     for dtype in (BF16, FP16, FP32):
-        model = fully_shard(Odd(dtype), mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=BF16))
+        model = Odd(dtype).to(device)
+        fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=BF16))
         before = [parameter.to_local().clone() for parameter in model.parameters() if isinstance(parameter, DTensor)]
         for config in CONFIGS:
             early, ours = packed(model, rank, size, config)
@@ -105,9 +107,12 @@ def pack_both_ways(rank: int, size: int) -> list[Any]:
     return found
 
 
-@pytest.mark.parametrize("size", [2, 3, 8])
+@pytest.mark.parametrize("size", [3, 8])
 def test_every_bucket_has_the_same_bytes(size: int) -> None:
-    of_ranks = run_on_ranks(pack_both_ways, size, size)
+    check_both_ways(run_on_ranks(pack_both_ways, size, size))
+
+
+def check_both_ways(of_ranks: list[Any]) -> None:
     names = {f"projs.{i}.weight" for i in range(7)}
     names |= {f"experts.{e}.{part}_proj.weight" for e in range(EXPERTS) for part in ("gate", "up", "down")}
     for rank, found in enumerate(of_ranks):
@@ -129,11 +134,8 @@ def sent(server: Server | None) -> Iterator[list[bytes]]:
         buckets.append(bucket.numpy().tobytes())
         send(fleet, bucket, index)
 
-    Fleet.send = note  # type: ignore[method-assign]
-    try:
+    with mock.patch.object(Fleet, "send", note):
         yield buckets
-    finally:
-        Fleet.send = send  # type: ignore[method-assign]
 
 
 def push_in_both_ways(rank: int, size: int, dtype: torch.dtype) -> Any:
@@ -154,11 +156,10 @@ def counts(report: PushReport) -> tuple[int, int, int]:
     return report.num_quantized, report.num_quantized_early, report.early_bytes
 
 
-@pytest.mark.parametrize("size", [2, 8])
-@pytest.mark.parametrize("dtype", [BF16, FP32])
+@pytest.mark.parametrize(("size", "dtype"), [(2, FP32), (8, BF16)])
 def test_both_ways_send_the_same_bytes(size: int, dtype: torch.dtype) -> None:
     of_ranks = run_on_ranks(push_in_both_ways, size, size, dtype)
-    num_elements = 2 * 192 * (2 * 256 + 3 * 256 + 2 * 128 - 0)
+    num_elements = 2 * 192 * (5 * 256 + 2 * 128)
     for rank, (same, equal, num_sent, report, simple) in enumerate(of_ranks):
         assert same and equal and (num_sent > 3) is (rank == 0)
         assert counts(simple) == (14, 0, 0)
@@ -306,10 +307,9 @@ def push_while_rank_0_fails(rank: int) -> Any:
         packed: torch.Tensor = pack(self, bucket, *args)
         return packed
 
-    Packer.pack = fail  # type: ignore[method-assign]
     with make_sender(server) as sender:
-        found = caught(sender.push, model)
-        Packer.pack = pack  # type: ignore[method-assign]
+        with mock.patch.object(Packer, "pack", fail):
+            found = caught(sender.push, model)
         sender.push(model)
     whole = gathered(model)
     return found, server is None or fingerprint(server.model) == expected(whole)

@@ -26,12 +26,12 @@ PROCESSES = multiprocessing.get_context("forkserver")  # one process imports tor
 PROCESSES.set_forkserver_preload(["torch.distributed.fsdp", "sender", "receiver_plugin.receiver"])
 
 
-def run_on_ranks(body: Body, size: int, *args: Any, timeout_s: float = 60.0) -> list[Any]:
-    """What `body(rank, *args)` returned in each of `size` processes of one gloo group."""
+def run_on_ranks(body: Body, size: int, *args: Any, timeout_s: float = 60.0, backend: str = "gloo") -> list[Any]:
+    """What `body(rank, *args)` returned in each of `size` processes of one group; with NCCL each has a GPU."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     pipes = [PROCESSES.Pipe(duplex=False) for _ in range(size)]
     processes = [
-        PROCESSES.Process(target=_be_rank, args=(rank, size, store.port, writer, body, args), daemon=True)
+        PROCESSES.Process(target=_be_rank, args=(rank, size, store.port, writer, body, args, backend), daemon=True)
         for rank, (_, writer) in enumerate(pipes)
     ]
     try:
@@ -47,10 +47,14 @@ def run_on_ranks(body: Body, size: int, *args: Any, timeout_s: float = 60.0) -> 
             process.join()
 
 
-def _be_rank(rank: int, size: int, port: int, writer: Connection, body: Body, args: Sequence[Any]) -> None:
+def _be_rank(
+    rank: int, size: int, port: int, writer: Connection, body: Body, args: Sequence[Any], backend: str
+) -> None:
     torch.set_num_threads(1)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
     store = TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=30))
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=30))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=30))
     try:
         writer.send((True, body(rank, *args)))
     except Exception as error:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +22,7 @@ from sender.packer import Packer
 from sender.rows import ReceivedRows, RowsBackend, TorchRows, _flags
 from sender.rows_plan import RowsPlan, plan_rows
 from sender.sharding import ShardedRows, Sharding
-from shared.buckets import Layout, make_layout
+from shared.buckets import Bucket, Layout, make_layout
 from shared.config import FP8BlockConfig
 from shared.errors import ConfigError, NonFiniteWeightError
 from shared.numerics import amax_bits, quantize_reference, quantize_rows_into, scale_shape
@@ -121,6 +125,7 @@ def push_rows(model: Model, num_ranks: int, config: FP8BlockConfig, make_backend
     packer._buffer.fill_(0xA5)
     packer.begin()
     for bucket in layout.buckets:
+        check_runs(bucket, plans[0])
         chunks, received = [], None
         for rank, (plan, backend, mine) in enumerate(zip(plans, backends, held, strict=True)):
             rows = plan.buckets[bucket.index]
@@ -140,6 +145,19 @@ def push_rows(model: Model, num_ranks: int, config: FP8BlockConfig, make_backend
         found.append(packer.pack(bucket, late, received).clone())
     packer.check_finite()
     return found
+
+
+def check_runs(bucket: Bucket, plan: RowsPlan) -> None:
+    """Every byte of a tensor comes from one place."""
+    rows, times = plan.buckets[bucket.index], torch.zeros(bucket.num_bytes, dtype=torch.uint8)
+    for run in rows.runs if rows is not None else ():
+        times[run.to_byte : run.to_byte + run.num_bytes] += 1
+    for entry in bucket.entries:
+        for slot in (entry.values, entry.scale):
+            if slot is not None:
+                found = times[slot.offset_bytes : slot.offset_bytes + slot.num_bytes]
+                assert bool((found == (entry.tensor.name in plan.names)).all()), slot.name
+    assert times.max() <= 1
 
 
 def push_whole(model: Model, config: FP8BlockConfig) -> list[Tensor]:
@@ -186,6 +204,9 @@ def mixed(dtype: torch.dtype) -> Model:
         "embed": normal(50, 64),
         "q": normal(200, 192, dtype=dtype, seed=1),
         "norm": normal(192, seed=2),
+        "narrow": normal(1, 20, seed=6),
+        "bias": normal(4, seed=7),
+        "narrower": normal(1, 10, seed=8),
         "zero": torch.zeros(300, 130, dtype=dtype, device=DEVICE),
         "experts.gate_up": normal(8, 2 * 96, 128, dtype=dtype, seed=3),
         "experts.down": normal(8, 128, 96, dtype=dtype, seed=4),
@@ -194,7 +215,7 @@ def mixed(dtype: torch.dtype) -> Model:
     parameters["q"][:, 64:] = 0
     parameters["zero"][131, 5] = 1.0
     parameters["zero"][0, 0] = -0.0
-    return Model(parameters, ("embed", "norm"))
+    return Model(parameters, ("embed", "norm", "bias"))
 
 
 @BACKENDS
@@ -224,9 +245,18 @@ def test_any_shapes(shapes: list[tuple[int, int, bool]], num_ranks: int, bucket_
 # ---- inf and NaN
 
 
-@BACKENDS
-@pytest.mark.parametrize("value", [float("nan"), float("-inf"), 3.4e38])
-@pytest.mark.parametrize("row", [0, 70, 199])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize(
+    ("value", "row", "make_backend"),
+    [
+        (float("nan"), 0, TorchRows),
+        (float("-inf"), 70, TorchRows),
+        (float("nan"), 199, TorchRows),
+        (3.4e38, 70, TorchRows),
+        (float("nan"), 70, triton_rows),
+        (3.4e38, 199, triton_rows),
+    ],
+)
 def test_nonfinite_weights_are_named(value: float, row: int, make_backend: MakeBackend) -> None:
     """3.4e38 rounds to a BF16 infinity."""
     model = mixed(FP32)
@@ -282,6 +312,43 @@ def test_a_bucket_without_the_rows_of_the_ranks_is_refused() -> None:
     packer = Packer(model.layout, FP8BlockConfig(), torch.device(DEVICE), frozenset({"a"}))
     with pytest.raises(ConfigError, match="have not come"):
         packer.pack(model.layout.buckets[0], {})
+
+
+# ---- what the interpreter cannot see
+
+COMPILE = """
+import re, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from sender.triton_rows import _amax_rows_kernel, _move_kernel, _quantize_rows_kernel
+
+def ptx(kernel, constants):
+    types = {name: "i32" for name in kernel.arg_names} | dict.fromkeys(constants, "constexpr")
+    types |= {"where_ptr": "*i64", "tasks_ptr": "*i64", "task_of_program_ptr": "*i32", "amax_ptr": "*i32"}
+    types |= {"out_ptr": "*u8", "nonfinite_ptr": "*i32", "moves_ptr": "*i64", "move_of_program_ptr": "*i32"}
+    types |= {"from_ptr": "*i64", "to_ptr": "*i64"}
+    types = {name: types[name] for name in kernel.arg_names}
+    source = ASTSource(kernel, types, constants)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm["ptx"]
+
+options = {"UE8M0": True, "ZERO_IS_ONE": True, "HARDWARE_CAST": True}
+ptx(_amax_rows_kernel, {"KIND": "fp32", "BLOCK_SIZE": 128})
+text = ptx(_quantize_rows_kernel, {"KIND": "bf16", "BLOCK_SIZE": 128, **options})
+assert text.count("div.rn.f32") == 2, "both divisions are IEEE"
+assert not re.search(r"ftz|fma[.]|div[.](full|approx)|rcp[.]", text), "nothing flushed, fused or approximate"
+ptx(_move_kernel, {"NUM_WORDS": 4096})
+"""
+
+
+def test_kernels_compile_into_exact_instructions(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE], cwd=root, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
 
 
 # ---- the numbers
