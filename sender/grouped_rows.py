@@ -42,14 +42,13 @@ class GroupedRows:
         self._crossing: list[_Launch] = []
         self._moves: dict[int, list[tuple[torch.dtype, Tensor, Tensor]]] = {}
 
-    def amax(self, rows: Sequence[Tensor], amax: Tensor) -> None:
+    def begin(self, rows: Sequence[Tensor], amax: Tensor) -> None:
         self._make(rows)
         with _on(amax.device):
             for launch in self._crossing:
                 amax_rows(*launch.tables, amax, dtype=launch.dtype)
 
     def quantize(self, index: int, rows: Sequence[Tensor], amax: Tensor, chunk: Tensor) -> None:
-        self._make(rows)
         bucket = self._buckets[index]
         assert bucket is not None
         flags = bucket.flags_of(chunk)
@@ -68,12 +67,11 @@ class GroupedRows:
             self._moves[index] = list(_moves(bucket, packed.device))
         with _on(packed.device):
             for word, moves, move_of_program in self._moves[index]:
-                whole = packed.numel() // word.itemsize * word.itemsize
-                move(moves, move_of_program, chunks.view(word), packed[:whole].view(word))
+                move(moves, move_of_program, chunks.view(word), packed.view(word))
 
     def _make(self, rows: Sequence[Tensor]) -> None:
         """The tables, unless they are those of `rows`: a comparison for each parameter, not for each tensor."""
-        places = [(tensor.data_ptr(), tensor.dtype) for tensor in rows]
+        places: _Places = [(tensor.data_ptr(), tensor.dtype) for tensor in rows]
         if places == self._made_for:
             return
         self._launches = [list(_launches(bucket.parts if bucket else (), rows)) for bucket in self._buckets]

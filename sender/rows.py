@@ -30,8 +30,8 @@ Rows = Sequence[torch.Tensor]
 class RowsBackend(Protocol):
     """`rows`: what this rank holds of each parameter, [its rows, columns]."""
 
-    def amax(self, rows: Rows, amax: torch.Tensor) -> None:
-        """The magnitudes of this rank's parts of all blocks that cross ranks into `amax`, int32; the rest is left."""
+    def begin(self, rows: Rows, amax: torch.Tensor) -> None:
+        """First in a push: the magnitudes of this rank's parts of blocks that cross ranks into `amax`, int32, all 0."""
 
     def quantize(self, index: int, rows: Rows, amax: torch.Tensor, chunk: torch.Tensor) -> None:
         """This rank's part of bucket `index` into `chunk`, flat uint8, whose flags are 0."""
@@ -45,19 +45,20 @@ class TorchRows:
 
     def __init__(self, plan: RowsPlan, config: FP8BlockConfig) -> None:
         self._buckets = plan.buckets
+        parts = (part for bucket in plan.buckets if bucket is not None for part in bucket.parts)
+        self._crossing = [(part, part.amax_at) for part in parts if part.amax_at is not None]
         self._options: Any = {"scale_fmt": config.scale_fmt, "zero_scale": config.zero_scale}
 
-    def amax(self, rows: Rows, amax: torch.Tensor) -> None:
-        for part in (part for bucket in self._buckets if bucket is not None for part in bucket.parts):
-            if part.amax_at is not None:
-                found = amax_bits(rows_of(part, rows))
-                amax[part.amax_at : part.amax_at + len(found)] = found
+    def begin(self, rows: Rows, amax: torch.Tensor) -> None:
+        for part, at in self._crossing:
+            found = amax_bits(_rows_of(part, rows))
+            amax[at : at + len(found)] = found
 
     def quantize(self, index: int, rows: Rows, amax: torch.Tensor, chunk: torch.Tensor) -> None:
         bucket = _used(self._buckets[index])
         flags = bucket.flags_of(chunk)
         for part in bucket.parts:
-            mine, flag = rows_of(part, rows), flags[part.flag : part.flag + 1]
+            mine, flag = _rows_of(part, rows), flags[part.flag : part.flag + 1]
             shape = scale_shape(*mine.shape)
             codes = Slot("", tuple(mine.shape), torch.float8_e4m3fn, part.codes_at).view(chunk)
             scale = Slot("", shape, torch.float32, part.scale_at).view(chunk) if part.scale_at is not None else None
@@ -73,7 +74,7 @@ class TorchRows:
             packed[run.to_byte : run.to_byte + run.num_bytes] = chunks[run.from_byte : run.from_byte + run.num_bytes]
 
 
-def rows_of(part: Part, rows: Rows) -> torch.Tensor:
+def _rows_of(part: Part, rows: Rows) -> torch.Tensor:
     return rows[part.parameter][part.first_row : part.first_row + part.num_rows]
 
 
@@ -115,9 +116,9 @@ class RowsGather:
 
     def begin(self, held: Sharding) -> None:
         """Collective. The largest magnitudes of all blocks that cross ranks, on every rank."""
+        self._amax.zero_()
+        self._backend.begin(held.locals, self._amax)
         if self.plan.num_amax:
-            self._amax.zero_()
-            self._backend.amax(held.locals, self._amax)
             dist.all_reduce(self._amax, dist.ReduceOp.MAX, held.group)
 
     def quantize(self, index: int, held: Sharding) -> None:

@@ -83,13 +83,17 @@ def sharding_of(tensors: Iterable[tuple[str, torch.Tensor]], num_ranks: int) -> 
         first, end = found.of(mesh.get_local_rank())
         local = tensor._local_tensor.detach()
         if tuple(local.shape) != ((end - first) // whole, *shape[1:]) or not local.is_contiguous():
-            problems.append(f"{name} holds {list(local.shape)}, strides {list(local.stride())}, of {list(shape)}")
+            what = f"{list(local.shape)}, strides {list(local.stride())}, of {list(shape)} of {name}"
+            problems.append(f"rank {mesh.get_local_rank()} holds {what}; {_LATE}")
             continue
         parameters.append(found)
         parts.append(local.view(end - first, shape[-1]))
         meshes.append(mesh)
     group = meshes[0].get_group() if meshes else None
     return Sharding(tuple(parameters), tuple(parts), group, "; ".join(problems))
+
+
+_LATE = "FP8Sender(quantize='after_gather') can push it"
 
 
 def _is_sharded_by_rows(tensor: DTensor, device_type: str) -> bool:

@@ -216,12 +216,35 @@ def test_a_failure_of_rank_0_is_raised_on_all_ranks() -> None:
             assert found["problems"] == getattr(failure, "problems", getattr(failure, "names", ()))
 
 
+def agree_thrice(rank: int) -> list[Any]:
+    """On the same, on different words, and without rank 2."""
+    ranks, results = TrainerRanks(1.0), []
+    for number in range(3):
+        ranks.meet("push")
+        if number == 2 and rank == 2:
+            break
+        lead = Lead(ranks)
+        lead.agree("the colour", "blue" if number == 0 or rank == 0 else f"green{rank}")
+        results.append(caught(lead.finish, lead.run(str, "agreed"), 20.0))
+    return results
+
+
+def test_ranks_that_do_not_agree_are_named() -> None:
+    for rank, (same, different, *missing) in enumerate(run_on_ranks(agree_thrice, 3)):
+        assert same["kind"] == "" and different["kind"] == "ConfigError"
+        wanted = "the colour is another one on rank(s) [1, 2] than on rank 0: {1: 'green1', 2: 'green2'}"
+        assert different["text"] == wanted
+        assert [found["kind"] for found in missing] == ["RankMissingError"] * (rank != 2)
+        assert all(found["seconds"] < 10.0 for found in missing)
+
+
 def test_a_trainer_of_one_process_needs_no_group() -> None:
     ranks = TrainerRanks(0.1)
     ranks.meet("push")
     assert (ranks.rank, ranks.size, ranks.is_leader) == (0, 1, True)
     assert ranks.share("text", 0.1) == "text" and ranks.tell_all("text", 0.1) == ["text"]
     lead = Lead(ranks)
+    lead.agree("the colour", "blue")
     lead.run(int, "no number")
     with pytest.raises(ValueError, match="no number"):
         lead.finish("", 0.1)

@@ -119,7 +119,7 @@ def push_rows(model: Model, num_ranks: int, config: FP8BlockConfig, make_backend
     amaxes = []
     for backend, mine in zip(backends, held, strict=True):
         amaxes.append(torch.zeros(plans[0].num_amax, dtype=torch.int32, device=DEVICE))
-        backend.amax(mine.locals, amaxes[-1])
+        backend.begin(mine.locals, amaxes[-1])
     amax = torch.stack(amaxes).amax(0)
     packer, found = Packer(layout, config, device, plans[0].names), []
     packer._buffer.fill_(0xA5)
