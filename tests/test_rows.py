@@ -151,6 +151,7 @@ def check_runs(bucket: Bucket, plan: RowsPlan) -> None:
     """Every byte of a tensor comes from one place."""
     rows, times = plan.buckets[bucket.index], torch.zeros(bucket.num_bytes, dtype=torch.uint8)
     for run in rows.runs if rows is not None else ():
+        assert run.from_byte % 128 == run.to_byte % 128, "it cannot be moved in large words"
         times[run.to_byte : run.to_byte + run.num_bytes] += 1
     for entry in bucket.entries:
         for slot in (entry.values, entry.scale):
