@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import get_args
 
 from sender.control import ControlClient
+from sender.plan import QuantizeWhen
 from shared.errors import ConfigError
 from shared.protocol import LONGEST_DEADLINE_S, InFlight, PlaneName, StagingChoice
 
@@ -38,6 +39,11 @@ def check_ways(in_flight: InFlight, strict: bool, staging: StagingChoice) -> Sta
 def check_plane(plane: object) -> None:
     if plane not in get_args(PlaneName):
         raise ConfigError(f"plane={plane!r}: it is one of {list(get_args(PlaneName))}")
+
+
+def check_quantize(quantize: object) -> None:
+    if quantize not in get_args(QuantizeWhen):
+        raise ConfigError(f"quantize={quantize!r}: it is one of {list(get_args(QuantizeWhen))}")
 
 
 def check_deadlines(**deadlines: float) -> None:

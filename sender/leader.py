@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from sender.fleet import Fleet
+from sender.gather import Gathered
 from sender.packer import Packer
 from sender.plan import PushPlan
 from sender.report import PhaseClock, PushReport
@@ -26,6 +27,7 @@ class Leader:
         self._fleet, self._config, self._bucket_bytes = fleet, config, bucket_bytes
         self._turns, self._keeper = turns, keeper
         self._packer: Packer | None = None
+        self._packed_by: PushPlan | None = None
         self._newest = self._version = 0
         self._skew_s = 0.0
 
@@ -49,21 +51,20 @@ class Leader:
         self._version = self._newest + 1 if version is None else version
         self._fleet.begin(self._version)
 
-    def pack(self, plan: PushPlan, bucket: Bucket, weights: dict[str, torch.Tensor]) -> torch.Tensor:
-        if self._packer is None:
-            self._packer = Packer(plan.layout, self._config, next(iter(weights.values())).device)
+    def pack(self, plan: PushPlan, bucket: Bucket, gathered: Gathered) -> torch.Tensor:
+        if self._packer is None or self._packed_by is not plan:
+            self._packer, self._packed_by = None, plan  # its memory goes first
+            self._packer = Packer(plan.layout, self._config, gathered.device, plan.quantized_early)
         if bucket.index == 0:
             self._packer.begin()
-        packed = self._packer.pack(bucket, weights)
+        packed = self._packer.pack(bucket, gathered.weights, gathered.rows)
         if self._fleet.checks_first:
             self._packer.check_finite()
         return packed
 
-    def pack_into(
-        self, packed: list[torch.Tensor], plan: PushPlan, bucket: Bucket, weights: dict[str, torch.Tensor]
-    ) -> None:
+    def pack_into(self, packed: list[torch.Tensor], plan: PushPlan, bucket: Bucket, gathered: Gathered) -> None:
         """Quantize into a buffer of its own, complete on return: another thread reads it, on another stream."""
-        packed.append(self.pack(plan, bucket, weights).clone())
+        packed.append(self.pack(plan, bucket, gathered).clone())
         if packed[-1].is_cuda:
             torch.cuda.current_stream(packed[-1].device).synchronize()
 
@@ -89,9 +90,11 @@ class Leader:
             version=self._version,
             num_tensors=len(plan.layout.tensors),
             num_quantized=plan.num_quantized,
+            num_quantized_early=len(plan.quantized_early),
             num_buckets=len(plan.layout.buckets),
             bf16_bytes=plan.bf16_bytes,
             wire_bytes=plan.layout.num_bytes,
+            early_bytes=plan.rows.num_bytes if plan.rows is not None else 0,
             seconds=clock.seconds(),
             skew_s=self._skew_s,
             stood_still_s=self._fleet.stood_still_s,

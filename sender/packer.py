@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from sender.quantize import backend_name, copy_into, quantize_into
+from sender.rows import ReceivedRows
 from shared.buckets import Bucket, Entry, Layout
 from shared.config import FP8BlockConfig
-from shared.errors import NonFiniteWeightError
+from shared.errors import ConfigError, NonFiniteWeightError
 
 
 class Packer:
@@ -18,7 +21,10 @@ class Packer:
     Non-finite weights are noted on the device, without waiting for it, and raised by `check_finite` once a push.
     """
 
-    def __init__(self, layout: Layout, config: FP8BlockConfig, device: torch.device) -> None:
+    def __init__(
+        self, layout: Layout, config: FP8BlockConfig, device: torch.device, early: frozenset[str] = frozenset()
+    ) -> None:
+        """`early`: the tensors that come quantized."""
         self._config = config
         self._names = [tensor.name for tensor in layout.tensors]
         self._row = {name: row for row, name in enumerate(self._names)}
@@ -26,24 +32,33 @@ class Packer:
         self._memory = torch.zeros(layout.window_bytes(self._num_at_once), dtype=torch.uint8, device=device)
         self._nonfinite = torch.zeros(len(self._names), dtype=torch.int32, device=device)
         self._gaps = [_gaps(bucket, device) for bucket in layout.buckets]
+        late = [_without(bucket, early) for bucket in layout.buckets]
+        self._late = [bucket.entries for bucket in late]
         self._grouped = None
         if backend_name(device) == "triton":
             from sender.grouped import GroupedBucket
 
-            self._grouped = [GroupedBucket(bucket, self._row, config, self._pack_one) for bucket in layout.buckets]
+            self._grouped = [GroupedBucket(bucket, self._row, config, self._pack_one) for bucket in late]
 
     def begin(self) -> None:
         self._nonfinite.zero_()
 
-    def pack(self, bucket: Bucket, weights: dict[str, torch.Tensor]) -> torch.Tensor:
-        """`weights` by name -> flat uint8 [bucket.num_bytes], valid until the next call, on a GPU the one after."""
+    def pack(self, bucket: Bucket, weights: dict[str, torch.Tensor], rows: ReceivedRows | None = None) -> torch.Tensor:
+        """`weights` by name, `rows` of the early ones -> flat uint8 [bucket.num_bytes].
+
+        Valid until the next call, on a GPU the one after.
+        """
         packed = self._layout.window(bucket.index, self._memory, self._num_at_once)
+        if rows is None and len(self._late[bucket.index]) != len(bucket.entries):
+            raise ConfigError(f"bucket {bucket.index}: the tensors that ranks were to quantize have not come")
+        if rows is not None:
+            rows.put_into(packed, self._nonfinite)
         if (gaps := self._gaps[bucket.index]) is not None:
             packed.index_fill_(0, gaps, 0)  # what the buffer held before
         if self._grouped is not None:
             self._grouped[bucket.index].pack(weights, packed, self._nonfinite)
             return packed
-        for entry in bucket.entries:
+        for entry in self._late[bucket.index]:
             self._pack_one(entry, weights[entry.tensor.name], packed)
         return packed
 
@@ -67,6 +82,10 @@ class Packer:
         rows = self._nonfinite.nonzero().flatten().tolist()
         if rows:
             raise NonFiniteWeightError(tuple(self._names[row] for row in rows))
+
+
+def _without(bucket: Bucket, early: frozenset[str]) -> Bucket:
+    return replace(bucket, entries=tuple(entry for entry in bucket.entries if entry.tensor.name not in early))
 
 
 def _gaps(bucket: Bucket, device: torch.device) -> torch.Tensor | None:

@@ -3,27 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
+from typing import Literal
 
 from pydantic import TypeAdapter
 
+from sender.hf_names import Cuts
+from sender.rows_plan import RowsPlan, plan_rows
+from sender.sharding import Sharding
 from shared.buckets import Layout, make_layout
 from shared.config import FP8BlockConfig
 from shared.errors import PlanError
 from shared.naming import should_quantize_param
 from shared.protocol import ManifestTensor, TensorSpec
 
+QuantizeWhen = Literal["before_gather", "after_gather"]
 _MANIFEST = TypeAdapter(tuple[ManifestTensor, ...])
 
 
 @dataclass(frozen=True)
 class PushPlan:
-    """What is sent, in which buckets, for the offer `offered`."""
+    """What is sent, in which buckets, for the offer `offered`. `rows`: which of it is quantized before the gather."""
 
     offered: tuple[TensorSpec, ...]
     layout: Layout
+    rows: RowsPlan | None = field(default=None, compare=False, repr=False)
+
+    def sharded(self, sharding: Sharding, cuts: Cuts, rank: int, num_ranks: int) -> PushPlan:
+        """For a model that is sharded so: this plan if it is one, else one of the same layout."""
+        if self.rows is not None and self.rows.still_holds(sharding, cuts):
+            return self
+        return replace(self, rows=plan_rows(self.layout, sharding, cuts, rank, num_ranks))
+
+    @property
+    def quantized_early(self) -> frozenset[str]:
+        """The tensors that the ranks quantize before the gather."""
+        return self.rows.names if self.rows is not None else frozenset()
 
     @cached_property
     def num_quantized(self) -> int:

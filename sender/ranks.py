@@ -16,7 +16,15 @@ from typing import Any
 
 import torch.distributed as dist
 
-from shared.errors import Fp8SyncError, NonFiniteWeightError, PlanError, PushError, RankMissingError, error_from_wire
+from shared.errors import (
+    ConfigError,
+    Fp8SyncError,
+    NonFiniteWeightError,
+    PlanError,
+    PushError,
+    RankMissingError,
+    error_from_wire,
+)
 
 _instances = itertools.count()  # senders are made in the same order on all ranks, as process groups are
 
@@ -140,6 +148,20 @@ class TrainerRanks:
             raise RankMissingError(f"a rank said nothing for {timeout_s:.0f} s: it died or hangs") from error
         return [self._text(key) for key in keys]
 
+    def tell_leader(self, text: str) -> list[str]:
+        """The text of every rank, in order, on rank 0; nothing elsewhere. Call it in the same order everywhere.
+
+        Raises:
+            RankMissingError: on rank 0: a rank said nothing before the deadline of a meeting.
+        """
+        if self._store is None:
+            return [text]
+        if self.is_leader:
+            return self.tell_all(text, self._timeout_s)
+        number, self._shares = self._shares, self._shares + 1
+        self._store.set(f"{self._step - 1}/shared/{number}/{self.rank}", text)
+        return []
+
 
 class TryAgain(Exception):
     """All ranks start this call over, with fewer servers."""
@@ -165,6 +187,17 @@ class Lead:
         except Exception as error:
             self.failure = error
             return None
+
+    def agree(self, what: str, text: str) -> None:
+        """Every rank says its `text`; a failure unless they are the same."""
+        try:
+            told = self._ranks.tell_leader(text)
+        except Fp8SyncError as error:
+            self.failure = self.failure or error
+            return
+        others = {rank: said for rank, said in enumerate(told) if said != told[0]}
+        if others and self.failure is None:
+            self.failure = ConfigError(f"{what} is another one on rank(s) {sorted(others)} than on rank 0: {others}")
 
     def take_back(self, again: Callable[[Exception], bool]) -> bool:
         """Whether there was a failure, and `again` says that another try is worth it. Another error takes its place."""

@@ -17,11 +17,12 @@ class PushReport(BaseModel):
     """The result of a push, the same on every rank. `seconds` are those of rank 0, by phase, and `total`.
 
     `bf16_bytes` is the model in 2-byte elements, `wire_bytes` what one receiver was sent (codes, scales, the tensors
-    that stay in BF16, alignment). `num_tensors` counts checkpoint tensors, scales not included. `skew_s` is the time
-    between the first and the last server that confirmed the commit, as rank 0 saw it; 0 with one server. `servers`
-    serve the version; `left_out` are those that a push with a quorum went on without, and why. `staging`: how each
-    server staged. `stood_still_s`: for how long each let no new request run, the wait for those under way included, as
-    rank 0 saw it (so never less than it was).
+    that stay in BF16, alignment). `num_tensors` counts checkpoint tensors, scales not included. Of the `num_quantized`,
+    `num_quantized_early` were quantized before the gather, by the ranks that hold them, and came to rank 0 as
+    `early_bytes` of codes and scales. `skew_s` is the time between the first and the last server that confirmed the
+    commit, as rank 0 saw it; 0 with one server. `servers` serve the version; `left_out` are those that a push with a
+    quorum went on without, and why. `staging`: how each server staged. `stood_still_s`: for how long each let no new
+    request run, the wait for those under way included, as rank 0 saw it (so never less than it was).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -29,9 +30,11 @@ class PushReport(BaseModel):
     version: int
     num_tensors: int
     num_quantized: int
+    num_quantized_early: int
     num_buckets: int
     bf16_bytes: int
     wire_bytes: int
+    early_bytes: int
     seconds: dict[str, float]
     skew_s: float
     stood_still_s: dict[str, float]

@@ -6,9 +6,9 @@
             report = sender.push(model)        # collective; returns when every server serves the new weights
 
 Once (`prepare`, or the first push): the servers are asked what they hold, a plan is made, the data plane is joined.
-Every push: gather, quantize, send, bucket by bucket; verify on all servers; commit on all servers. Rank 0 talks to the
-servers; the other ranks take part in the gathers and learn the outcome. An error is raised on every rank, and leaves
-the servers serving what they served (see the errors in `shared.errors`).
+Every push: quantize, gather, send, bucket by bucket; verify on all servers; commit on all servers. Each rank quantizes
+the rows that it holds; rank 0 quantizes what has to be gathered whole, and talks to the servers; the others learn the
+outcome. An error is raised on every rank, and leaves the servers serving what they served (see `shared.errors`).
 """
 
 from __future__ import annotations
@@ -20,18 +20,19 @@ from types import TracebackType
 import torch
 from torch import nn
 
-from sender.checks import check_deadlines, check_plane, check_servers, check_version, check_ways
+from sender.checks import check_deadlines, check_plane, check_quantize, check_servers, check_version, check_ways
 from sender.control import ControlClient, HttpControl
 from sender.fleet import Fleet, longest_push_s
+from sender.gather import Gathered, Gatherer
 from sender.handle import PushHandle
 from sender.leader import Leader
-from sender.plan import PushPlan
+from sender.plan import PushPlan, QuantizeWhen
 from sender.ranks import Lead, TrainerRanks, TryAgain
 from sender.report import PhaseClock, PushReport
 from sender.snapshot import Keeper
 from sender.source import Shard, ShardSource, Sources, WeightSource
 from sender.turns import Turns
-from shared.buckets import DEFAULT_BUCKET_BYTES
+from shared.buckets import DEFAULT_BUCKET_BYTES, Bucket
 from shared.config import FP8BlockConfig
 from shared.errors import ConfigError, Fp8SyncError
 from shared.protocol import InFlight, PlaneName, StagingChoice
@@ -59,6 +60,10 @@ class FP8Sender:
             With `keep` it is `reserved`.
         quorum: how many servers are enough for a push. Those that fail before the commit is decided are then left out
             and named in the report; the next push tries them again. None: all servers or none.
+        quantize: `before_gather`: each trainer rank quantizes the rows that it holds, where it holds rows (FSDP2 on a
+            mesh of all ranks), and codes and scales are gathered: half the bytes, a share of the work, the same bits.
+            All other tensors, and with `after_gather` all of them, are gathered whole and quantized on rank 0. It has
+            to be the same on every rank.
         keep_snapshot: keep what the last push sent in host memory of rank 0 (`wire_bytes` of its report; twice that
             during a push), for `catch_up`.
         plane: the data plane: `tcp`; on a network of your own `nccl`, from the current GPU of rank 0 to other GPUs, or
@@ -79,6 +84,7 @@ class FP8Sender:
         strict: bool = False,
         staging: StagingChoice = "auto",
         quorum: int | None = None,
+        quantize: QuantizeWhen = "before_gather",
         keep_snapshot: bool = False,
         plane: PlaneName = "tcp",
         ca_file: str | None = None,
@@ -86,6 +92,7 @@ class FP8Sender:
         check_servers(servers, quorum)
         staging = check_ways(in_flight, strict, staging)
         check_plane(plane)
+        check_quantize(quantize)
         check_deadlines(timeout_s=timeout_s, meeting_timeout_s=meeting_timeout_s)
         self._config = config or FP8BlockConfig()
         self._bucket_bytes, self._timeout_s = bucket_bytes, timeout_s
@@ -104,7 +111,8 @@ class FP8Sender:
         )
         self._quorum, self._turns, self._keeper = quorum, Turns(timeout_s), Keeper(keep_snapshot)
         self._leader = Leader(self._fleet, self._config, bucket_bytes, self._turns, self._keeper)
-        self._sources = Sources()
+        self._sources = Sources(self._ranks.size if quantize == "before_gather" else 1)
+        self._gatherer = Gatherer(self._config)
         self._planned: PushPlan | None = None
         self._pending: PushHandle | None = None
 
@@ -145,11 +153,9 @@ class FP8Sender:
         clock, snapshot = PhaseClock(), list[torch.Tensor]()
         with self._ending_its_turn():
             source, plan, lead = self._meet_and_plan("push_async", lambda: self._sources.of(model), clock)
-            for bucket in plan.layout.buckets:
-                with clock.phase("gather"), self._failing_loudly():
-                    weights = source.gather(bucket.names)
+            for bucket, gathered in self._gathered(source, plan, clock):
                 with clock.phase("quantize"):
-                    lead.run(self._leader.pack_into, snapshot, plan, bucket, weights)
+                    lead.run(self._leader.pack_into, snapshot, plan, bucket, gathered)
             source.release()
         self._pending = PushHandle(
             lambda: self._transfer(plan, lead, clock, snapshot, version),
@@ -221,16 +227,25 @@ class FP8Sender:
         source, plan, lead = self._meet_and_plan("push", make_source, clock)
         with clock.phase("plan"):
             lead.run(self._leader.begin, version)
-        for bucket in plan.layout.buckets:
-            with clock.phase("gather"), self._failing_loudly():
-                weights = source.gather(bucket.names)
+        for bucket, gathered in self._gathered(source, plan, clock):
             with clock.phase("quantize"):
-                packed = lead.run(self._leader.pack, plan, bucket, weights)
+                packed = lead.run(self._leader.pack, plan, bucket, gathered)
             with clock.phase("send"):
                 lead.run(self._leader.send, packed, bucket.index)
         source.release()
         self._publish(lead, clock)
         return self._finish(plan, lead, clock)
+
+    def _gathered(self, source: WeightSource, plan: PushPlan, clock: PhaseClock) -> Iterator[tuple[Bucket, Gathered]]:
+        """Collective. Each bucket as it comes to rank 0; it is valid until the next one."""
+        with clock.phase("quantize"), self._failing_loudly():
+            gathering = self._gatherer.begin(source, plan)
+        for bucket in plan.layout.buckets:
+            with clock.phase("quantize"), self._failing_loudly():
+                gathering.quantize(bucket)
+            with clock.phase("gather"), self._failing_loudly():
+                gathered = gathering.gather(bucket)
+            yield bucket, gathered
 
     def _publish(self, lead: Lead, clock: PhaseClock) -> None:
         with clock.phase("verify"):
@@ -294,6 +309,7 @@ class FP8Sender:
 
     def _plan(self, source: WeightSource, lead: Lead, same_plan: bool) -> PushPlan:
         """The plan of the last push if it still holds, else a new one; rank 0 decides for all ranks."""
+        lead.agree("how the model is sharded", source.sharding.text)
         found = lead.run(self._leader.plan, source, self._planned if same_plan else None)
         try:
             text = lead.finish(found, self._patience_s, self._fail, self._fleet.leave_out_the_guilty)
@@ -302,6 +318,7 @@ class FP8Sender:
             raise
         if text or self._planned is None:
             self._planned = PushPlan.from_json(text, source.tensors, self._bucket_bytes)
+        self._planned = self._planned.sharded(source.sharding, source.cuts, self._ranks.rank, self._ranks.size)
         return self._planned
 
     def _finish(self, plan: PushPlan, lead: Lead, clock: PhaseClock, num_tries: int = 1) -> PushReport:

@@ -18,11 +18,13 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
+from torch.distributed.tensor import DTensor
 
-from sender.hf_names import checkpoint_cuts
+from sender.hf_names import Cut, Cuts, checkpoint_cuts
 from sender.ranks import TrainerRanks
+from sender.sharding import Sharding, sharding_of
 from sender.wrappers import WIRE_DTYPES as _WIRE_DTYPES
-from sender.wrappers import Held, checkpoint_tensors, refuse_foreign
+from sender.wrappers import Held, TensorHeld, checkpoint_tensors, refuse_foreign
 from shared.buckets import DTYPE_NAMES, DTYPES
 from shared.coverage import Box, overlapped, uncovered
 from shared.errors import ConfigError, PlanError
@@ -35,6 +37,14 @@ class WeightSource(Protocol):
     @property
     def tensors(self) -> tuple[TensorSpec, ...]:
         """All checkpoint tensors, the same on every rank, in the order in which they are to be gathered."""
+
+    @property
+    def sharding(self) -> Sharding:
+        """The parameters of which every rank holds some rows, and this rank's rows of them."""
+
+    @property
+    def cuts(self) -> Cuts:
+        """The tensors that are made of each parameter in `sharding`."""
 
     def gather(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
         """Collective. The whole tensors on rank 0, in wire precision; what others get is not used."""
@@ -73,26 +83,31 @@ class _InMemory:
 class ModuleSource:
     """The parameters of a module under their checkpoint names, whatever wraps them.
 
+    `num_ranks`: over how many ranks parameters may be sharded by rows, to be quantized there; with 1 none are.
+
     Raises:
         NotImplementedError: Megatron-style modules.
         ConfigError: adapters that are not merged; a parameter on the meta device, or of another type than bf16, fp16 or
             fp32; experts stored in a layout that checkpoints do not have.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, num_ranks: int = 1) -> None:
         if not isinstance(model, nn.Module):
             raise ConfigError(f"a {type(model).__name__} is no module: for tensors by name there is push_shards")
         refuse_foreign(model)
         _reshard(model)
         held = _by_name(checkpoint_tensors(model))
-        cuts = checkpoint_cuts(model, {name: parameter.shape for name, (parameter, _) in held.items()})
-        self._cuts = _by_name((cut.name, (*held[name], cut)) for name in held for cut in cuts[name])
+        self.cuts = checkpoint_cuts(model, {name: parameter.shape for name, (parameter, _) in held.items()})
+        tensors = ((name, owner.tensor) for name, (owner, _) in held.items() if isinstance(owner, TensorHeld))
+        self.sharding = sharding_of(tensors, num_ranks)
+        self._cuts = _by_name((cut.name, (*held[name], cut)) for name in held for cut in self.cuts[name])
         specs = (
             {"name": cut.name, "shape": cut.shape, "dtype": DTYPE_NAMES[dtype]} for _, dtype, cut in self._cuts.values()
         )
         self._tensors = tuple(TensorSpec.model_validate(spec) for spec in specs)
         self._gathered: tuple[Held | None, torch.Tensor | None] = (None, None)
         self._in_memory: dict[tuple[str, ...], _InMemory] = {}
+        self._held = [parameter for parameter, _ in held.values()]
 
     @property
     def tensors(self) -> tuple[TensorSpec, ...]:
@@ -126,7 +141,7 @@ class ModuleSource:
     def release(self) -> None:
         """Drop what was gathered last."""
         self._gathered = (None, None)
-        for held, _, _ in self._cuts.values():
+        for held in self._held:
             held.release()
 
 
@@ -167,6 +182,7 @@ class ShardSource:
 
     def __init__(self, shards: Iterable[Shard], ranks: TrainerRanks, timeout_s: float) -> None:
         self._ranks = ranks
+        self.sharding, self.cuts = Sharding(), dict[str, tuple[Cut, ...]]()
         shards = list(shards)
         if wrong := {type(shard).__name__ for shard in shards if not isinstance(shard, Shard)}:
             raise ConfigError(f"shards are sender.Shard objects, not {sorted(wrong)}")
@@ -245,20 +261,24 @@ def _cover_problems(name: str, shape: tuple[int, ...], boxes: list[Box]) -> list
 
 
 class Sources:
-    """The last source of every model, as long as the model is made of the same tensors: no name is worked out twice."""
+    """The last source of every model, as long as the model is made of the same tensors: no name is worked out twice.
 
-    def __init__(self) -> None:
+    `num_ranks`: as of `ModuleSource`.
+    """
+
+    def __init__(self, num_ranks: int = 1) -> None:
+        self._num_ranks = num_ranks
         self._known: weakref.WeakKeyDictionary[nn.Module, tuple[list[Any], ModuleSource]] = weakref.WeakKeyDictionary()
 
     def of(self, model: nn.Module) -> ModuleSource:
         """Raises: as `ModuleSource`."""
         if not isinstance(model, nn.Module) or any(isinstance(module, FSDP1) for module in model.modules()):
-            return ModuleSource(model)
+            return ModuleSource(model, self._num_ranks)
         _reshard(model)
         makeup = list(_makeup(model))
         known = self._known.get(model)
         if known is None or known[0] != makeup:
-            known = self._known[model] = (makeup, ModuleSource(model))
+            known = self._known[model] = (makeup, ModuleSource(model, self._num_ranks))
         return known[1]
 
 
@@ -268,8 +288,12 @@ def _makeup(model: nn.Module) -> Iterator[Any]:
         yield name, type(module), getattr(module, "merged", None)
         for tensors in (module._parameters, module._buffers):
             for key, tensor in tensors.items():
-                if tensor is not None:
-                    yield key, id(tensor), type(tensor), tensor.dtype, tensor.shape, tensor.device
+                if tensor is None:
+                    continue
+                yield key, id(tensor), type(tensor), tensor.dtype, tensor.shape, tensor.device
+                if isinstance(tensor, DTensor):
+                    local = tensor._local_tensor
+                    yield local.data_ptr(), local.shape, local.stride(), local.dtype, tensor.placements
 
 
 def _reshard(model: nn.Module) -> None:

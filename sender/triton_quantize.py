@@ -84,10 +84,30 @@ def _quantize_bits(
     bits: tl.tensor, KIND: tl.constexpr, UE8M0: tl.constexpr, ZERO_IS_ONE: tl.constexpr, HARDWARE_CAST: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """One block of weights as integers -> its codes (uint8), its scale (fp32), whether it holds inf or NaN."""
+    bits = _wire_bits(bits, KIND)
+    largest = tl.max(tl.max(bits & 0x7FFF, axis=1), axis=0)
+    return _quantize_given(bits, largest, KIND, UE8M0, ZERO_IS_ONE, HARDWARE_CAST)
+
+
+@triton.jit
+def _wire_bits(bits: tl.tensor, KIND: tl.constexpr) -> tl.tensor:
+    """Weights as integers -> the bits of the 16-bit float that is quantized, int32."""
     bits = bits.to(tl.int32)
     if KIND == "fp32":
         bits = _round_fp32_bits_to_bf16(bits)
-    largest = tl.max(tl.max(bits & 0x7FFF, axis=1), axis=0)
+    return bits
+
+
+@triton.jit
+def _quantize_given(
+    bits: tl.tensor,
+    largest: tl.tensor,
+    KIND: tl.constexpr,
+    UE8M0: tl.constexpr,
+    ZERO_IS_ONE: tl.constexpr,
+    HARDWARE_CAST: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """`_quantize_bits` for wire bits, given the largest `bits & 0x7fff` of the block, of which they may be a part."""
     if KIND == "fp16":
         x, amax, infinity = _fp16_bits_to_fp32(bits), _fp16_bits_to_fp32(largest), 0x7C00
     else:

@@ -53,12 +53,12 @@ class TensorHeld:
     """A tensor of this process, or a DTensor on any mesh: shards and replicas are put together."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
-        self._tensor = tensor
+        self.tensor = tensor
         self.shape = tuple(tensor.shape)
         self.dtype = tensor.dtype
 
     def whole(self, dtype: torch.dtype) -> torch.Tensor:
-        tensor = self._tensor.detach().to(dtype)
+        tensor = self.tensor.detach().to(dtype)
         if isinstance(tensor, DTensor):  # under CPU offload, the group of its mesh may have collectives elsewhere only
             moved: Any = tensor.to(tensor.device_mesh.device_type)
             tensor = moved.full_tensor()
@@ -68,8 +68,8 @@ class TensorHeld:
         """Nothing is kept."""
 
     def own_memory(self, dtype: torch.dtype) -> torch.Tensor | None:
-        spread = isinstance(self._tensor, DTensor)
-        return self._tensor if self._tensor.dtype == dtype and not spread else None
+        spread = isinstance(self.tensor, DTensor)
+        return self.tensor if self.tensor.dtype == dtype and not spread else None
 
 
 def checkpoint_tensors(model: nn.Module) -> Iterator[tuple[str, tuple[Held, torch.dtype]]]:

@@ -20,6 +20,9 @@ values, so it is exact, keeps inf and NaN, and sees subnormals also where floats
 is one correctly rounded IEEE operation, and none has a subnormal result that matters: `1e-10/448 <= S <= 2**120`, so S
 and 1/S are normal, and a subnormal input or product, flushed or not, gives a scaled value far below `2**-10`, half of
 the least code, which rounds to a zero of its own sign.
+
+A matrix that is cut between rows quantizes to the same bits: whole blocks are a smaller matrix, and of a block that is
+cut each part gives its maximum (`amax_bits`), then takes that of all (`quantize_rows_into`).
 """
 
 from __future__ import annotations
@@ -148,13 +151,25 @@ def _quantize_strip(
     weight: Tensor, codes: Tensor, scale: Tensor, nonfinite: Tensor, scale_fmt: ScaleFormat, zero_scale: ZeroScale
 ) -> None:
     """`quantize_reference_into` without checks, for a strip that starts on a block boundary."""
-    rows, cols = weight.shape
-    blocks = _as_blocks(weight.to(torch.bfloat16) if weight.dtype == torch.float32 else weight)
-    magnitude = (blocks.view(torch.int16) & 0x7FFF).amax(dim=(1, 3))
-    nonfinite.masked_fill_((magnitude >= _INF_BITS[blocks.dtype]).any(), 1)
+    blocks = _as_blocks(weight)
+    _quantize_blocks(blocks, _magnitude_of(blocks), codes, scale, nonfinite, scale_fmt, zero_scale)
 
+
+def _quantize_blocks(
+    blocks: Tensor,
+    magnitude: Tensor,
+    codes: Tensor,
+    scale: Tensor | None,
+    nonfinite: Tensor,
+    scale_fmt: ScaleFormat,
+    zero_scale: ZeroScale,
+) -> None:
+    """`magnitude`: the largest `bits & 0x7fff` of each block, of these weights or of more."""
+    rows, cols = codes.shape
+    nonfinite.masked_fill_((magnitude >= _INF_BITS[blocks.dtype]).any(), 1)
     block_scale = _scale_of(magnitude, blocks.dtype, scale_fmt, zero_scale)
-    scale.copy_(block_scale)
+    if scale is not None:
+        scale.copy_(block_scale)
     inverse = torch.ones_like(block_scale) / block_scale
     # .float() copies, because blocks are 16 bits wide: the in-place steps never reach the weight.
     scaled = blocks.float().mul_(inverse[:, None, :, None]).clamp_(-FP8_MAX, FP8_MAX)
@@ -162,11 +177,17 @@ def _quantize_strip(
 
 
 def _as_blocks(matrix: Tensor) -> Tensor:
-    """[rows, cols] -> [row blocks, 128, column blocks, 128], zero-padded; a view where nothing is ragged."""
+    """[rows, cols] -> [row blocks, 128, column blocks, 128] of 16-bit floats, zero-padded; a view if that can be."""
     rows, cols = matrix.shape
+    matrix = matrix.to(torch.bfloat16) if matrix.dtype == torch.float32 else matrix
     if rows % BLOCK or cols % BLOCK:
         matrix = functional.pad(matrix, (0, -cols % BLOCK, 0, -rows % BLOCK))
     return matrix.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))
+
+
+def _magnitude_of(blocks: Tensor) -> Tensor:
+    """[row blocks, column blocks] int16."""
+    return (blocks.view(torch.int16) & 0x7FFF).amax(dim=(1, 3))
 
 
 def _scale_of(magnitude: Tensor, dtype: torch.dtype, scale_fmt: ScaleFormat, zero_scale: ZeroScale) -> Tensor:
@@ -180,6 +201,52 @@ def _scale_of(magnitude: Tensor, dtype: torch.dtype, scale_fmt: ScaleFormat, zer
         # -0x800000 is 0xFF800000 as int32.
         block_scale = ((block_scale.view(torch.int32) + 0x7FFFFF) & -0x800000).view(torch.float32)
     return block_scale
+
+
+@torch.no_grad()
+def amax_bits(rows: Tensor) -> Tensor:
+    """What these rows add to the maximum of one row of blocks, whose other rows are elsewhere.
+
+    rows: [1 to 128, cols] bf16, fp16 or fp32. Returns [ceil(cols/128)] int32, the largest `bits & 0x7fff` of each
+    block: integers that order as the magnitudes do, inf and NaN on top, so that the maximum of all parts is exact.
+    Raises `ConfigError` for anything else.
+    """
+    _check_rows(rows)
+    return _magnitude_of(_as_blocks(rows))[0].int()
+
+
+@torch.no_grad()
+def quantize_rows_into(
+    rows: Tensor,
+    amax: Tensor,
+    codes: Tensor,
+    scale: Tensor | None,
+    nonfinite: Tensor,
+    *,
+    scale_fmt: ScaleFormat = "fp32",
+    zero_scale: ZeroScale = "one",
+) -> None:
+    """`quantize_reference_into` for a part of one row of blocks, given the maximum over all of its rows.
+
+    rows: [1 to 128, cols] bf16, fp16 or fp32. amax: [ceil(cols/128)] int32, the maximum of `amax_bits` over all parts.
+    codes: [same shape] float8_e4m3fn. scale: [1, ceil(cols/128)] fp32, or None where another part writes it.
+    nonfinite: int32, one element, set to 1 if a block holds inf or NaN, in whichever part; else left alone.
+
+    Raises `ConfigError` where an argument does not fit, before anything is written.
+    """
+    _check_rows(rows)
+    written = torch.empty(scale_shape(*rows.shape), device=rows.device) if scale is None else scale
+    check_quantize_arguments(rows, codes, written, nonfinite, scale_fmt, zero_scale)
+    if amax.dtype != torch.int32 or amax.shape != written.shape[1:] or amax.device != rows.device:
+        text = f"it is {amax.dtype} {list(amax.shape)} on {amax.device}"
+        raise ConfigError(f"amax must be int32 {list(written.shape[1:])} on {rows.device}; {text}")
+    _quantize_blocks(_as_blocks(rows), amax.short()[None], codes, scale, nonfinite, scale_fmt, zero_scale)
+
+
+def _check_rows(rows: Tensor) -> None:
+    check_weight(rows)
+    if not 1 <= rows.shape[0] <= BLOCK or not rows.shape[1]:
+        raise ConfigError(f"rows of one row of blocks are 1 to {BLOCK}, and not empty; these are {list(rows.shape)}")
 
 
 def quantize_reference(

@@ -26,12 +26,12 @@ PROCESSES = multiprocessing.get_context("forkserver")  # one process imports tor
 PROCESSES.set_forkserver_preload(["torch.distributed.fsdp", "sender", "receiver_plugin.receiver"])
 
 
-def run_on_ranks(body: Body, size: int, *args: Any, timeout_s: float = 60.0) -> list[Any]:
-    """What `body(rank, *args)` returned in each of `size` processes of one gloo group."""
+def run_on_ranks(body: Body, size: int, *args: Any, timeout_s: float = 60.0, backend: str = "gloo") -> list[Any]:
+    """What `body(rank, *args)` returned in each of `size` processes of one group; with NCCL each has a GPU."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     pipes = [PROCESSES.Pipe(duplex=False) for _ in range(size)]
     processes = [
-        PROCESSES.Process(target=_be_rank, args=(rank, size, store.port, writer, body, args), daemon=True)
+        PROCESSES.Process(target=_be_rank, args=(rank, size, store.port, writer, body, args, backend), daemon=True)
         for rank, (_, writer) in enumerate(pipes)
     ]
     try:
@@ -47,10 +47,14 @@ def run_on_ranks(body: Body, size: int, *args: Any, timeout_s: float = 60.0) -> 
             process.join()
 
 
-def _be_rank(rank: int, size: int, port: int, writer: Connection, body: Body, args: Sequence[Any]) -> None:
+def _be_rank(
+    rank: int, size: int, port: int, writer: Connection, body: Body, args: Sequence[Any], backend: str
+) -> None:
     torch.set_num_threads(1)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
     store = TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=30))
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=30))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=30))
     try:
         writer.send((True, body(rank, *args)))
     except Exception as error:
@@ -212,12 +216,35 @@ def test_a_failure_of_rank_0_is_raised_on_all_ranks() -> None:
             assert found["problems"] == getattr(failure, "problems", getattr(failure, "names", ()))
 
 
+def agree_thrice(rank: int) -> list[Any]:
+    """On the same, on different words, and without rank 2."""
+    ranks, results = TrainerRanks(1.0), []
+    for number in range(3):
+        ranks.meet("push")
+        if number == 2 and rank == 2:
+            break
+        lead = Lead(ranks)
+        lead.agree("the colour", "blue" if number == 0 or rank == 0 else f"green{rank}")
+        results.append(caught(lead.finish, lead.run(str, "agreed"), 20.0))
+    return results
+
+
+def test_ranks_that_do_not_agree_are_named() -> None:
+    for rank, (same, different, *missing) in enumerate(run_on_ranks(agree_thrice, 3)):
+        assert same["kind"] == "" and different["kind"] == "ConfigError"
+        wanted = "the colour is another one on rank(s) [1, 2] than on rank 0: {1: 'green1', 2: 'green2'}"
+        assert different["text"] == wanted
+        assert [found["kind"] for found in missing] == ["RankMissingError"] * (rank != 2)
+        assert all(found["seconds"] < 10.0 for found in missing)
+
+
 def test_a_trainer_of_one_process_needs_no_group() -> None:
     ranks = TrainerRanks(0.1)
     ranks.meet("push")
     assert (ranks.rank, ranks.size, ranks.is_leader) == (0, 1, True)
     assert ranks.share("text", 0.1) == "text" and ranks.tell_all("text", 0.1) == ["text"]
     lead = Lead(ranks)
+    lead.agree("the colour", "blue")
     lead.run(int, "no number")
     with pytest.raises(ValueError, match="no number"):
         lead.finish("", 0.1)

@@ -1,0 +1,67 @@
+"""How the weights of a push come together on rank 0, bucket by bucket: the simple way, and quantized before the gather.
+
+Which way a tensor goes stands in the plan (`sender.rows_plan`). The calls of all ranks are the same, in one order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from sender.plan import PushPlan
+from sender.rows import ReceivedRows, RowsGather
+from sender.source import WeightSource
+from shared.buckets import Bucket
+from shared.config import FP8BlockConfig
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """One bucket on rank 0: tensors by name, whole, in wire precision; what the ranks have quantized, if any."""
+
+    weights: dict[str, torch.Tensor]
+    rows: ReceivedRows | None = None
+
+    @property
+    def device(self) -> torch.device:
+        if self.rows is not None:
+            return self.rows.chunks.device
+        return next(iter(self.weights.values())).device
+
+
+class Gathering:
+    """One push of this rank."""
+
+    def __init__(self, source: WeightSource, plan: PushPlan, rows: RowsGather | None) -> None:
+        self._source, self._rows, self._early = source, rows, plan.quantized_early
+
+    def quantize(self, bucket: Bucket) -> None:
+        """The rows of `bucket` that this rank holds."""
+        if self._rows is not None:
+            self._rows.quantize(bucket.index, self._source.sharding)
+
+    def gather(self, bucket: Bucket) -> Gathered:
+        """Collective. Valid on rank 0, until the next bucket."""
+        rows = self._rows.gather(bucket.index, self._source.sharding) if self._rows is not None else None
+        return Gathered(self._source.gather([name for name in bucket.names if name not in self._early]), rows)
+
+
+class Gatherer:
+    """Begins the `Gathering` of every push; keeps buffers as long as a plan holds."""
+
+    def __init__(self, config: FP8BlockConfig) -> None:
+        self._config = config
+        self._rows: RowsGather | None = None
+
+    def begin(self, source: WeightSource, plan: PushPlan) -> Gathering:
+        """Collective, before the first bucket."""
+        if not plan.quantized_early:
+            self._rows = None
+        elif self._rows is None or self._rows.plan is not plan.rows or self._rows.device != source.sharding.device:
+            self._rows = None  # its memory goes first
+            assert plan.rows is not None
+            self._rows = RowsGather(plan.rows, self._config, source.sharding.device)
+        if self._rows is not None:
+            self._rows.begin(source.sharding)
+        return Gathering(source, plan, self._rows)

@@ -1,0 +1,228 @@
+"""Quantize before the gather: what each trainer rank quantizes, and how it lies in what the rank sends to rank 0.
+
+A rank quantizes the rows that it holds of a tensor, as up to three parts: rows of a block that begins on an earlier
+rank, whole blocks, and the first rows of a block that ends on a later rank. For the first and the last, which cross,
+the largest magnitudes of all ranks are put together ahead of the push, in one buffer for the whole model; the rank with
+the first row of a block writes its scale.
+
+For every bucket a rank sends one chunk, flat uint8: the bytes of the bucket that are its own (codes of its rows, scales
+of the blocks that begin in them), in the order of the bucket, then an int32 for each tensor that it has rows of, not 0
+where it found inf or NaN. Bytes that are neighbours in the bucket, or have nothing but alignment between them, stay
+together, so that a rank's experts are one run of bytes.
+
+    rank 1's chunk   | codes of its rows of q_proj | their scales | experts 16-31, codes and scales | flags |
+
+Made once, from facts that are the same on every rank (`sender.sharding`), so no message says which way a tensor goes.
+A tensor goes this way if it is quantized and is a run of whole rows of a parameter that is sharded by rows; an expert
+is, in a parameter of all experts. All others are gathered whole and quantized on rank 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from sender.hf_names import Cut, Cuts
+from sender.sharding import ShardedRows, Sharding
+from shared.buckets import ALIGNMENT_BYTES, Bucket, Entry, Layout, Slot
+from shared.numerics import BLOCK
+
+FLAG_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of one tensor on this rank: whole blocks, or (`amax_at` is not None) a part of one row of blocks.
+
+    They are rows `first_row` and following of what the rank holds of parameter number `parameter`. `codes_at` and
+    `scale_at` are bytes in the chunk; the scale is another rank's where `scale_at` is None. `flag`: the number of the
+    tensor's flag in the chunk. `amax_at`: where the row of blocks has its ceil(num_cols/128) values in the buffer.
+    """
+
+    parameter: int
+    first_row: int
+    num_rows: int
+    num_cols: int
+    codes_at: int
+    scale_at: int | None
+    flag: int
+    amax_at: int | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """`num_bytes` at `from_byte` of the chunks of all ranks, laid end to end, that go to `to_byte` of the bucket."""
+
+    from_byte: int
+    to_byte: int
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class BucketRows:
+    """One bucket. `flags_at`: bytes in the chunk of this rank. On rank 0 also `chunk_bytes` of every rank, what lies in
+    the chunks, and pairs (number of an int32 of the chunks, number of the tensor whose flag it is)."""
+
+    parts: tuple[Part, ...]
+    flags_at: int
+    num_bytes: int
+    chunk_bytes: tuple[int, ...] = ()
+    runs: tuple[Run, ...] = ()
+    flags: tuple[tuple[int, int], ...] = ()
+
+    def flags_of(self, chunk: torch.Tensor) -> torch.Tensor:
+        """The int32 flags of this rank in `chunk`, flat uint8."""
+        return chunk[self.flags_at : self.num_bytes].view(torch.int32)
+
+
+@dataclass(frozen=True)
+class RowsPlan:
+    """`names`: the tensors that are quantized before the gather. `buckets`: by number, None for one without any.
+    `num_amax`: values in the buffer of the blocks that cross ranks. `num_bytes`: codes and scales of all ranks."""
+
+    rank: int
+    num_ranks: int
+    names: frozenset[str]
+    buckets: tuple[BucketRows | None, ...]
+    num_amax: int
+    num_bytes: int
+    made_for: tuple[tuple[ShardedRows, ...], Cuts] = field(repr=False)
+
+    def still_holds(self, sharding: Sharding, cuts: Cuts) -> bool:
+        parameters, known = self.made_for
+        return parameters == sharding.parameters and (not parameters or known == cuts)
+
+
+def plan_rows(layout: Layout, sharding: Sharding, cuts: Cuts, rank: int, num_ranks: int) -> RowsPlan:
+    """`cuts`: the tensors of every parameter of `sharding`, by its name."""
+    sources = dict(_sources(sharding, cuts))
+    maker = _Maker(sharding.parameters, rank, num_ranks)
+    number = 0
+    for bucket in layout.buckets:
+        maker.begin(bucket)
+        for entry in bucket.entries:
+            if entry.scale is not None and (source := sources.get(entry.tensor.name)) is not None:
+                maker.add(entry, entry.scale, number, *source)
+            number += 1
+        maker.end()
+    names, buckets = frozenset(maker.names), tuple(maker.buckets)
+    return RowsPlan(rank, num_ranks, names, buckets, maker.num_amax, maker.num_bytes, (sharding.parameters, cuts))
+
+
+def _sources(sharding: Sharding, cuts: Cuts) -> Iterator[tuple[str, tuple[int, int]]]:
+    """The tensors that are whole rows of such a parameter: its number, and the row of it that is their first."""
+    for number, parameter in enumerate(sharding.parameters):
+        for cut in cuts[parameter.name]:
+            if _is_rows(cut, parameter):
+                yield cut.name, (number, cut.offset // parameter.num_cols)
+
+
+def _is_rows(cut: Cut, parameter: ShardedRows) -> bool:
+    if len(cut.shape) != 2 or cut.shape[1] != parameter.num_cols or cut.offset % parameter.num_cols:
+        return False
+    wanted = (parameter.num_cols, 1)
+    return all(
+        length == 1 or stride == want for length, stride, want in zip(cut.shape, cut.strides, wanted, strict=True)
+    )
+
+
+class _Chunk:
+    """What one rank sends for one bucket, as it grows."""
+
+    def __init__(self) -> None:
+        self.runs: list[Run] = []
+        self.flags: list[int] = []  # the numbers of the tensors
+        self.flags_at = 0  # the first aligned byte behind the runs
+        self._slot_ended = False
+
+    def place(self, slot: Slot, start: int, stop: int) -> int:
+        """Take in the bytes from `start` to `stop` of `slot`; where in the chunk they begin."""
+        at, last = slot.offset_bytes + start, self.runs[-1] if self.runs else Run(0, 0, 0)
+        if self._slot_ended and start == 0 and at - last.to_byte - last.num_bytes < ALIGNMENT_BYTES:
+            run = Run(last.from_byte, last.to_byte, at + stop - start - last.to_byte)
+            self.runs[-1] = run
+        else:  # as far from a border of the alignment as in the bucket, so that both can be copied in the same words
+            run = Run(self.flags_at + at % ALIGNMENT_BYTES, at, stop - start)
+            self.runs.append(run)
+        self._slot_ended = stop == slot.num_bytes
+        self.flags_at = _aligned(run.from_byte + run.num_bytes)
+        return run.from_byte + at - run.to_byte
+
+    @property
+    def num_bytes(self) -> int:
+        return _aligned(self.flags_at + FLAG_BYTES * len(self.flags))
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+
+
+class _Maker:
+    """Goes through the tensors in the order of the layout. Rank 0 lays out the chunks of all ranks, others one."""
+
+    def __init__(self, parameters: tuple[ShardedRows, ...], rank: int, num_ranks: int) -> None:
+        self._parameters, self._rank, self._num_ranks = parameters, rank, num_ranks
+        self.names: list[str] = []
+        self.buckets: list[BucketRows | None] = []
+        self.num_amax = self.num_bytes = 0
+
+    def begin(self, bucket: Bucket) -> None:
+        self._parts: list[Part] = []
+        self._chunks = {rank: _Chunk() for rank in (range(self._num_ranks) if self._rank == 0 else [self._rank])}
+        self._is_used = False
+
+    def end(self) -> None:
+        mine, sizes, runs, flags = self._chunks[self._rank], list[int](), list[Run](), list[tuple[int, int]]()
+        for rank in range(self._num_ranks) if self._rank == 0 else ():
+            chunk, start = self._chunks[rank], sum(sizes)
+            runs += [Run(start + run.from_byte, run.to_byte, run.num_bytes) for run in chunk.runs]
+            first = (start + chunk.flags_at) // FLAG_BYTES
+            flags += [(first + place, number) for place, number in enumerate(chunk.flags)]
+            sizes.append(chunk.num_bytes)
+        rows = BucketRows(tuple(self._parts), mine.flags_at, mine.num_bytes, tuple(sizes), tuple(runs), tuple(flags))
+        self.buckets.append(rows if self._is_used else None)
+
+    def add(self, entry: Entry, scale: Slot, number: int, parameter: int, first_row: int) -> None:
+        """Tensor `number`, which begins at row `first_row` of `parameter`."""
+        (rows, cols), held = entry.tensor.shape, self._parameters[parameter]
+        self._is_used = True
+        self.names.append(entry.tensor.name)
+        self.num_bytes += entry.values.num_bytes + scale.num_bytes
+        amax_at = self._crossing(rows, cols, first_row, held.rows_per_rank)
+        for rank in range(first_row // held.rows_per_rank, (first_row + rows - 1) // held.rows_per_rank + 1):
+            chunk = self._chunks.get(rank)
+            if chunk is None:
+                continue
+            start, end = held.of(rank)
+            first, stop = max(start - first_row, 0), min(end - first_row, rows)
+            codes_at = chunk.place(entry.values, first * cols, stop * cols)
+            first_block, end_block = -(-first // BLOCK), -(-stop // BLOCK)  # those that begin in these rows
+            row_bytes, scales_at = scale.num_bytes // scale.shape[0], 0
+            if first_block < end_block:
+                scales_at = chunk.place(scale, first_block * row_bytes, end_block * row_bytes)
+            if rank == self._rank:
+                for a, b in _cut_at_blocks(first, stop, rows):
+                    scale_at = scales_at + (a // BLOCK - first_block) * row_bytes if a % BLOCK == 0 else None
+                    at = codes_at + (a - first) * cols
+                    place = (parameter, first_row + a - start, b - a, cols)
+                    self._parts.append(Part(*place, at, scale_at, len(chunk.flags), amax_at.get(a // BLOCK)))
+            chunk.flags.append(number)
+
+    def _crossing(self, rows: int, cols: int, first_row: int, rows_per_rank: int) -> dict[int, int]:
+        """The rows of blocks that lie on more than one rank, and where each has its maxima."""
+        found = dict[int, int]()
+        border = (first_row // rows_per_rank + 1) * rows_per_rank - first_row  # the first row of the next rank
+        for row in range(border, rows, rows_per_rank):
+            if row % BLOCK and row // BLOCK not in found:
+                found[row // BLOCK] = self.num_amax
+                self.num_amax += -(-cols // BLOCK)
+        return found
+
+
+def _cut_at_blocks(first: int, stop: int, num_rows: int) -> Iterator[tuple[int, int]]:
+    """Rows `first` to `stop` of a tensor as a part of a block, whole blocks, and a part of a block; none is empty."""
+    whole = min(-(-first // BLOCK) * BLOCK, stop)
+    end = stop if stop == num_rows else max(stop // BLOCK * BLOCK, whole)
+    yield from ((a, b) for a, b in ((first, whole), (whole, end), (end, stop)) if a < b)
