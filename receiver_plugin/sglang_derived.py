@@ -66,6 +66,8 @@ class SglangDerived:
             raise CommitError(
                 f"{self._halves[0]} stays that of the old weights: load_weights calls no {self.deferred[0]}"
             )
+        if not (calls or self._norms or self._routers):
+            return
         before = _addresses(self._model)
         for norm in self._norms:
             torch.add(norm.weight.data, 1.0, out=norm.gemma_weight)

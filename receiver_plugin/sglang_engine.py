@@ -13,6 +13,7 @@ import torch.distributed as dist
 from sglang.version import __version__ as SGLANG_VERSION
 
 from receiver_plugin.binding import Derived
+from receiver_plugin.makeup import Makeup
 from receiver_plugin.sglang_derived import SglangDerived, unknown_tensors
 from receiver_plugin.sglang_keep import RunningRequests
 from receiver_plugin.sglang_memory import SglangMemory
@@ -61,6 +62,7 @@ class SglangEngine:
         self.requests = RunningRequests(scheduler)
         self._on_gpu = next(model.parameters()).is_cuda
         self._capability = _capability() if self._on_gpu else (0, 0)
+        self._safe: tuple[Backends, Makeup] | None = None  # what was found to be safe
         self.placement()  # releases that keep these elsewhere do not start
         image_embeddings()
 
@@ -102,7 +104,17 @@ class SglangEngine:
         memory = ["the memory of the weights is released: resume it first"] if released else []
         kv_store = getattr(self._scheduler, "enable_hicache_storage", False)
         storage = ["KV cache of old weights would stay in the HiCache storage: detach it"] if kv_store else []
-        return [*_unsafe_layers(self._model, self._capability), *memory, *storage]
+        return [*self._unsafe_layers(), *memory, *storage]
+
+    def _unsafe_layers(self) -> list[str]:
+        backends = _backends(self._capability)
+        if self._safe is None or self._safe[0] != backends or not self._safe[1].holds():
+            self._safe = None
+            makeup = Makeup(self._model)  # before the look, so that nothing changes in between
+            if found := _unsafe_layers(self._model, backends):
+                return found
+            self._safe = backends, makeup
+        return _refused_by_sglang(self._model, only_elsewhere=True)
 
     def flush_cache(self) -> bool:
         flushed = self._flush_kv_cache()
@@ -164,28 +176,36 @@ def _capability() -> tuple[int, int]:
     return torch.cuda.get_device_capability()
 
 
-def _unsafe_layers(model: torch.nn.Module, capability: tuple[int, int]) -> list[str]:
-    """Where raw copies into the parameters of `model` would be wrong or not enough, why, and what helps."""
+def _backends(capability: tuple[int, int]) -> Backends:
     from sglang.srt.layers.moe import get_moe_a2a_backend, get_moe_runner_backend
 
-    backends = Backends(
+    return Backends(
         capability=capability,
         is_rocm=torch.version.hip is not None,
         moe_runner=str(get_moe_runner_backend().value),
         moe_a2a=str(get_moe_a2a_backend().value),
     )
+
+
+def _unsafe_layers(model: torch.nn.Module, backends: Backends) -> list[str]:
+    """Where raw copies into the parameters of `model` would be wrong or not enough, why, and what helps."""
     found = [*refused_layers(model, backends), *refused_copies(unknown_tensors(model))]
     return found or _refused_by_sglang(model)
 
 
-def _refused_by_sglang(model: torch.nn.Module) -> list[str]:
-    """SGLang's own word (from 0.5.20 on) on caches that no module holds, such as that of the HPC-Ops GEMM."""
+def _refused_by_sglang(model: torch.nn.Module, only_elsewhere: bool = False) -> list[str]:
+    """SGLang's own word (from 0.5.20 on) on caches, also those that no module holds, such as that of the HPC-Ops GEMM.
+
+    `only_elsewhere`: modules are left out where SGLang can.
+    """
     from sglang.srt.model_executor.model_runner_components import weight_updater
 
     ask = getattr(weight_updater, "_unsupported_derived_weight_cache_error", None)
     if ask is None:
         return []
-    error = ask(model) if inspect.signature(ask).parameters else ask()  # 0.5.20 looks at no model
+    parameters = inspect.signature(ask).parameters.values()  # 0.5.20 looks at no model
+    can_leave_out = all(parameter.default is None for parameter in parameters)
+    error = ask() if not parameters or (only_elsewhere and can_leave_out) else ask(model)
     return [] if error is None else [f"the model: SGLang says: {error}"]
 
 

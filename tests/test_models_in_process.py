@@ -20,7 +20,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import nn
 
-from receiver_plugin.sglang_engine import _unsafe_layers
+from receiver_plugin.sglang_engine import _backends, _unsafe_layers
 from sender import export_checkpoint
 from tests.in_process import check_together, differences, one_thread, replay, same_bytes, sglang_rank, tensors_of
 from tests.zoo import CASES
@@ -91,7 +91,7 @@ def test_a_push_equals_a_start_with_the_checkpoint(
         for number in range(layout.tp_size):
             with sglang_rank(folder, number, layout.tp_size, layout.ep_size, args) as rank:
                 loaded, pushed = rank.load(), rank.start()
-                assert _unsafe_layers(pushed, (0, 0)) == [], "the server would refuse to start"
+                assert _unsafe_layers(pushed, _backends((0, 0))) == [], "the server would refuse to start"
                 before = addresses(pushed)
                 replay(pushed, other, case.fp8)
                 assert differences(loaded, pushed), "two trainers, one result"

@@ -19,7 +19,7 @@ from receiver_plugin.probe import fingerprint
 from receiver_plugin.ranks import SingleRank
 from receiver_plugin.receiver import Receiver
 from receiver_plugin.sglang_derived import SglangDerived, unknown_tensors
-from receiver_plugin.sglang_engine import SglangEngine, _unsafe_layers
+from receiver_plugin.sglang_engine import SglangEngine, _backends, _unsafe_layers
 from receiver_plugin.sglang_refusals import Backends, refused_copies, refused_layers
 from sender import FP8Sender
 from sender.control import InProcessControl
@@ -69,7 +69,7 @@ def kept(models: dict[str, nn.Module]) -> nn.Module:
 @pytest.mark.parametrize("name", CASES)
 def test_nothing_of_the_zoo_is_refused(name: str, models: dict[str, nn.Module]) -> None:
     assert list(unknown_tensors(models[name])) == []
-    assert _unsafe_layers(models[name], (0, 0)) == refused_layers(models[name], HOPPER) == []
+    assert _unsafe_layers(models[name], _backends((0, 0))) == refused_layers(models[name], HOPPER) == []
 
 
 # ---- backends
@@ -253,11 +253,11 @@ def test_what_sglang_itself_would_not_update_is_refused(model: nn.Module, monkey
     from sglang.srt.model_executor.model_runner_components import weight_updater
 
     monkeypatch.setattr(weight_updater, "_unsupported_derived_weight_cache_error", lambda model: "HPC-Ops GEMM")
-    assert _unsafe_layers(model, (9, 0)) == ["the model: SGLang says: HPC-Ops GEMM"]
+    assert _unsafe_layers(model, _backends((9, 0))) == ["the model: SGLang says: HPC-Ops GEMM"]
     monkeypatch.setattr(weight_updater, "_unsupported_derived_weight_cache_error", lambda: "HPC-Ops of 0.5.20")
-    assert _unsafe_layers(model, (9, 0)) == ["the model: SGLang says: HPC-Ops of 0.5.20"]
+    assert _unsafe_layers(model, _backends((9, 0))) == ["the model: SGLang says: HPC-Ops of 0.5.20"]
     monkeypatch.setattr(model.get_submodule(MOE), refusals.DECLARED, "unset --paged", raising=False)
-    assert _unsafe_layers(model, (9, 0)) == [f"{MOE}: SGLang says: unset --paged"]
+    assert _unsafe_layers(model, _backends((9, 0))) == [f"{MOE}: SGLang says: unset --paged"]
 
 
 def test_layers_with_one_reason_are_one_line(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:

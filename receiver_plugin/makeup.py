@@ -1,0 +1,73 @@
+"""Whether a model is still made of what it was made of when it was last looked at, told in about a millisecond.
+
+What SGLang's layers hold decides whether raw copies into them would be right (`sglang_refusals`, `sglang_derived`). It
+can change: the first request may make a cache, a route may wrap a layer. To look at everything takes longer than the
+copies of a push, so it is done again only after something was set, added or taken away.
+"""
+
+from __future__ import annotations
+
+from dataclasses import is_dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+_DEPTH = 4  # of containers in containers
+_HOOKS = frozenset(vars(nn.Module())) - {"_parameters", "_buffers", "_modules"}  # torch's own; they hold no tensors
+
+
+class Makeup:
+    """All that a look at `model` reads: attributes of modules, of their parameters and quantization methods, what lies
+    in lists, dicts and dataclasses of these, and the type and place of tensors.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._mappings: list[dict[Any, Any]] = []
+        self._sequences: list[list[Any] | tuple[Any, ...]] = []
+        self._tensors: list[torch.Tensor] = []
+        seen: set[int] = set()
+        for module in model.modules():
+            held = vars(module)
+            self._mappings.append(held)
+            for name, value in held.items():
+                if name not in _HOOKS:
+                    self._watch(value, seen)
+            method = getattr(module, "quant_method", None)
+            self._watch(getattr(method, "__dict__", None), seen)
+        self._then = self._now()
+
+    def holds(self) -> bool:
+        """Whether nothing has been changed."""
+        return self._then == self._now()
+
+    def _watch(self, value: Any, seen: set[int], depth: int = 0) -> None:
+        if id(value) in seen or depth > _DEPTH:
+            return
+        items: Any = ()
+        if isinstance(value, torch.Tensor):
+            self._tensors.append(value)
+            items = [vars(value)]
+        elif isinstance(value, dict):
+            self._mappings.append(value)
+            items = value.values()
+        elif isinstance(value, (list, tuple)):
+            self._sequences.append(value)
+            items = value
+        elif is_dataclass(value) and not isinstance(value, type):
+            items = [vars(value)] if hasattr(value, "__dict__") else ()
+        else:
+            return
+        seen.add(id(value))
+        for item in items:
+            self._watch(item, seen, depth + 1)
+
+    def _now(self) -> list[Any]:
+        found: list[Any] = []
+        for mapping in self._mappings:
+            found.extend(map(id, mapping.values()))
+        for sequence in self._sequences:
+            found.extend(map(id, sequence))
+        for tensor in self._tensors:
+            found += (tensor.dtype, tensor.data_ptr(), tensor.numel(), tensor.stride())
+        return found
