@@ -24,7 +24,7 @@ from sender.transaction import Transaction
 from shared import protocol as wire
 from shared.buckets import make_layout
 from shared.config import FP8BlockConfig
-from shared.digest import digest
+from shared.digest import begin_digest
 from shared.errors import (
     ConfigError,
     Fp8SyncError,
@@ -82,6 +82,7 @@ class Fleet:
         self._closed = False
         self._version = self._newest = 0
         self._digests: list[int] = []
+        self._waiting: tuple[torch.Tensor, Callable[[], int]] | None = None  # a bucket, with its digest
         self._transaction: Transaction | None = None
         self._tried_again = False  # with all servers, because nobody was to blame
 
@@ -214,7 +215,7 @@ class Fleet:
         """From here on every server receives. Those that stage where requests run are drained first, and stay shut."""
         if not 0 <= version <= wire.MOST_VERSION:
             raise StaleVersionError(f"{version} is no version: they end at {wire.MOST_VERSION}")
-        self._version, self._digests = version, []
+        self._version, self._digests, self._waiting = version, [], None
         self._doors.begin()
         held = [name for name in self.names if self.staging[name] != "reserved"]
         if held and (failed := self._doors.hold(held, self._session, version, "begin", promise=False)):
@@ -223,13 +224,28 @@ class Fleet:
         self._servers.each_its_own([begin.model_copy(update={"held": name in held}) for name in self.names])
 
     def send(self, bucket: torch.Tensor, index: int) -> None:
-        """Send flat uint8 `bucket`; it may be read until the next call of this or of `verify` returns.
+        """Send flat uint8 `bucket`. From a GPU it leaves with the next call of this, or of `verify`, so that nobody
+        waits for what was only just begun; elsewhere its memory may be used again on return.
 
         Raises: TransferError: it did not go out; where a server knows why, its `ReceiveError`.
         """
         if self._plane is None:
             raise SessionLostError("the data plane is closed: push again")
-        self._digests.append(digest(bucket, secret=self._secret, version=self._version, bucket=index))
+        found = begin_digest(bucket, secret=self._secret, version=self._version, bucket=index)
+        self._send_waiting()
+        self._waiting = bucket, found
+        if not bucket.is_cuda:
+            self._send_waiting()
+
+    def rehearse(self, bucket: torch.Tensor) -> None:
+        """What `send` does on the device, to no effect."""
+        begin_digest(bucket, secret=self._secret, version=0, bucket=0)()
+
+    def _send_waiting(self) -> None:
+        if self._waiting is None:
+            return
+        (bucket, found), self._waiting = self._waiting, None
+        self._digests.append(found())
         self._with_blame(lambda plane: plane.send(bucket, self._digests[-1]))
 
     def _with_blame(self, step: Callable[[SendHalf], None]) -> None:
@@ -245,6 +261,7 @@ class Fleet:
 
     def verify(self) -> None:
         """Return when every rank of every server holds every byte as it was sent, or of every server that is left."""
+        self._send_waiting()
         self._with_blame(lambda plane: plane.flush())
         deadline, pause = time.monotonic() + self._timeout_s, _POLL_S
         message = self._question()
@@ -302,6 +319,7 @@ class Fleet:
 
     def fail(self, reason: BaseException) -> None:
         """After any failure: every server forgets the push, and the next push opens a new session."""
+        self._waiting = None
         which = f" of version {self._version}" if self._digests or self._version else ""
         logger.warning("fp8sync: push%s failed: %s", which, str(reason).splitlines()[0] if str(reason) else reason)
         if self._session:

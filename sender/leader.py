@@ -51,22 +51,31 @@ class Leader:
         self._version = self._newest + 1 if version is None else version
         self._fleet.begin(self._version)
 
+    def rehearse(self, plan: PushPlan, bucket: Bucket, gathered: Gathered) -> None:
+        """A push without servers: memory is taken, kernels are compiled and their tables made."""
+        self._fleet.rehearse(self._packed(plan, bucket, gathered))
+
     def pack(self, plan: PushPlan, bucket: Bucket, gathered: Gathered) -> torch.Tensor:
+        packed = self._packed(plan, bucket, gathered)
+        if self._fleet.checks_first:
+            assert self._packer is not None
+            self._packer.check_finite()
+        return packed
+
+    def _packed(self, plan: PushPlan, bucket: Bucket, gathered: Gathered) -> torch.Tensor:
         if self._packer is None or self._packed_by is not plan:
             self._packer, self._packed_by = None, plan  # its memory goes first
             self._packer = Packer(plan.layout, self._config, gathered.device, plan.quantized_early)
         if bucket.index == 0:
             self._packer.begin()
-        packed = self._packer.pack(bucket, gathered.weights, gathered.rows)
-        if self._fleet.checks_first:
-            self._packer.check_finite()
-        return packed
+        return self._packer.pack(bucket, gathered.weights, gathered.rows)
 
     def pack_into(self, packed: list[torch.Tensor], plan: PushPlan, bucket: Bucket, gathered: Gathered) -> None:
         """Quantize into a buffer of its own, complete on return: another thread reads it, on another stream."""
-        packed.append(self.pack(plan, bucket, gathered).clone())
-        if packed[-1].is_cuda:
-            torch.cuda.current_stream(packed[-1].device).synchronize()
+        found = self.pack(plan, bucket, gathered)
+        packed.append(found if found.is_cuda else found.clone())
+        if found.is_cuda:
+            torch.cuda.current_stream(found.device).synchronize()
 
     def send(self, packed: torch.Tensor, index: int) -> None:
         self._keeper.note(packed)

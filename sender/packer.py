@@ -14,9 +14,9 @@ from shared.errors import ConfigError, NonFiniteWeightError
 
 
 class Packer:
-    """Reused bucket buffers on the device of the weights; on a GPU a few launches a bucket, elsewhere one a tensor.
+    """Buckets on the device of the weights; on a GPU a few launches for each, elsewhere one for each tensor.
 
-    On a GPU one is filled while the other one is sent.
+    A GPU packs one while others are on their way: each has memory of its own, which PyTorch keeps for the next push.
 
     Non-finite weights are noted on the device, without waiting for it, and raised by `check_finite` once a push.
     """
@@ -28,8 +28,9 @@ class Packer:
         self._config = config
         self._names = [tensor.name for tensor in layout.tensors]
         self._row = {name: row for row, name in enumerate(self._names)}
-        self._layout, self._num_at_once = layout, 2 if device.type == "cuda" else 1
-        self._memory = torch.zeros(layout.window_bytes(self._num_at_once), dtype=torch.uint8, device=device)
+        self._device = device
+        size = layout.largest_bucket_bytes if device.type != "cuda" else 0
+        self._memory = torch.zeros(size, dtype=torch.uint8, device=device)
         self._nonfinite = torch.zeros(len(self._names), dtype=torch.int32, device=device)
         self._gaps = [_gaps(bucket, device) for bucket in layout.buckets]
         late = [_without(bucket, early) for bucket in layout.buckets]
@@ -46,9 +47,11 @@ class Packer:
     def pack(self, bucket: Bucket, weights: dict[str, torch.Tensor], rows: ReceivedRows | None = None) -> torch.Tensor:
         """`weights` by name, `rows` of the early ones -> flat uint8 [bucket.num_bytes].
 
-        Valid until the next call, on a GPU the one after.
+        On a GPU in memory of its own, elsewhere valid until the next call.
         """
-        packed = self._layout.window(bucket.index, self._memory, self._num_at_once)
+        packed = self._memory[: bucket.num_bytes]
+        if self._device.type == "cuda":
+            packed = torch.empty(bucket.num_bytes, dtype=torch.uint8, device=self._device)
         if rows is None and len(self._late[bucket.index]) != len(bucket.entries):
             raise ConfigError(f"bucket {bucket.index}: the tensors that ranks were to quantize have not come")
         if rows is not None:

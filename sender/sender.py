@@ -119,9 +119,14 @@ class FP8Sender:
     # The interface
 
     def prepare(self, model: nn.Module) -> PushPlan:
-        """Collective. Plan and connect now, so that the first push is like the others. Optional."""
+        """Collective. Plan, connect and quantize now, so that the first push is like the others. Optional."""
         with self._ending_its_turn():
-            _, plan, _ = self._meet_and_plan("prepare", lambda: self._sources.of(model), PhaseClock())
+            clock = PhaseClock()
+            source, plan, lead = self._meet_and_plan("prepare", lambda: self._sources.of(model), clock)
+            for bucket, gathered in self._gathered(source, plan, clock):
+                lead.run(self._leader.rehearse, plan, bucket, gathered)
+            source.release()
+            lead.finish("", self._patience_s, self._fail)
             self._leader.end()
             return plan
 

@@ -61,6 +61,25 @@ def start_digest(data: torch.Tensor, *, secret: str, version: int, bucket: int, 
     return digest_many(words, _table(secret, data.device, _PAGE_WORDS), _sent(pages, data.device), at)
 
 
+def begin_digest(data: torch.Tensor, *, secret: str, version: int, bucket: int) -> Callable[[], int]:
+    """The digest, begun; the call waits for it, and so for all that `data` was made by, but for nothing that the
+    current stream is asked for later. Raises: ConfigError: as `digest`.
+    """
+    found = start_digest(data, secret=secret, version=version, bucket=bucket)
+    if found.device.type != "cuda":
+        return lambda: number(found)
+    there = torch.empty((), dtype=torch.int64, pin_memory=True)
+    there.copy_(found, non_blocking=True)
+    done = torch.cuda.Event()
+    done.record(torch.cuda.current_stream(found.device))
+
+    def wait() -> int:
+        done.synchronize()
+        return number(there)
+
+    return wait
+
+
 def number(found: torch.Tensor) -> int:
     """What `start_digest` returned as an unsigned 64-bit number; waits for it."""
     return int(found.item()) & _MASK

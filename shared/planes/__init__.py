@@ -14,7 +14,7 @@ from shared.protocol import Rendezvous
 
 class SendHalf(Protocol):
     def send(self, bucket: torch.Tensor, digest: int) -> None:
-        """Send `bucket` (flat uint8) to every receiver, its digest ahead.
+        """Send `bucket` (flat uint8, whole by now) to every receiver, its digest ahead.
 
         It may still be read on return, until the next `send` or `flush` returns.
         """
@@ -28,7 +28,7 @@ class SendHalf(Protocol):
 
 class ReceiveHalf(Protocol):
     def receive(self, bucket: torch.Tensor, timeout_s: float) -> int:
-        """Begin to fill `bucket` (flat uint8, of the size that was sent), once the current stream has come so far.
+        """Begin to fill `bucket` (flat uint8, of the size that was sent), which nothing reads any more.
 
         Returns the digest that was sent ahead of it.
         """

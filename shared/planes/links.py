@@ -32,6 +32,7 @@ _HELLO = struct.Struct("<I32s")
 _NONCE_BYTES = 32
 _HANDSHAKE_S = 10.0
 _MOST_STRANGERS = 64  # who may be in the middle of a handshake at a time, beyond the ranks that are expected
+_LITTLE_BYTES = 4096
 _MOST_AT_ONCE = 1 << 30  # bytes given to the kernel in one call
 
 
@@ -100,7 +101,7 @@ class Links:
             self._joining.notify_all()
 
     def tell(self, *parts: bytes | memoryview, deadline: float) -> None:
-        """Send `parts` to every rank, to all at once. `deadline`: of `time.monotonic`.
+        """Send `parts` to every rank; much, to all at once. `deadline`: of `time.monotonic`.
 
         Raises: TransferError: a rank left, or did not take them in time; `ranks` has its number.
         """
@@ -114,6 +115,10 @@ class Links:
             except (OSError, TransferError) as error:
                 raise TransferError(f"server rank {rank} left the data plane: {error}", (rank,)) from error
 
+        if sum(len(part) for part in parts) <= _LITTLE_BYTES:  # as much as a connection takes without a wait
+            for rank in self._ranks:
+                serve(rank)
+            return
         done, _ = wait([self._pool.submit(serve, rank) for rank in self._ranks], return_when=FIRST_EXCEPTION)
         for served in done:
             served.result()

@@ -48,7 +48,9 @@ class _Broadcasts:
             self._wait(self._comm.settled, deadline)
             self._stream = torch.cuda.Stream(self._device, priority=-1)
             # Connections are made and kernels loaded by the first use.
-            self.start(torch.zeros(_WARM_BYTES, dtype=torch.uint8, device=self._device), deadline)
+            warm = torch.zeros(_WARM_BYTES, dtype=torch.uint8, device=self._device)
+            torch.cuda.current_stream(self._device).synchronize()
+            self.start(warm, deadline)
             self.finish(deadline)
 
     @property
@@ -60,9 +62,8 @@ class _Broadcasts:
         return len(self._under_way)
 
     def start(self, data: torch.Tensor, deadline: float) -> None:
-        """Broadcast `data` (flat uint8 on this device), after all that the current stream was asked for."""
+        """Broadcast `data` (flat uint8 on this device), which no stream writes to, or reads where it is received."""
         with self._aborting(), torch.cuda.device(self._device):
-            self._stream.wait_stream(torch.cuda.current_stream())
             data.record_stream(self._stream)
             self._comm.broadcast(data, self._stream)
             self._wait(self._comm.settled, deadline)

@@ -81,7 +81,9 @@ def peer(plane: NcclSender) -> Iterator[Peer]:
 
 
 def bucket(size: int) -> torch.Tensor:
-    return torch.randint(0, 256, (size,), dtype=torch.uint8, device="cuda:0")
+    made = torch.randint(0, 256, (size,), dtype=torch.uint8, device="cuda:0")
+    torch.cuda.synchronize()
+    return made
 
 
 def test_buckets_arrive_as_they_are(plane: NcclSender, peer: Peer) -> None:
