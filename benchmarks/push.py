@@ -20,6 +20,7 @@ import argparse
 import importlib.metadata
 import json
 import os
+import signal
 import sys
 import tempfile
 import threading
@@ -37,7 +38,7 @@ import torch
 from benchmarks.expected import expected
 from benchmarks.limits import Limits, measure
 from benchmarks.shapes import MODELS, Trainer, with_layers
-from benchmarks.stock_route import Grouped, StockRoute, buckets, layout_of, quantized
+from benchmarks.stock_route import Grouped, StockRoute, buckets, quantized, staging_gb
 from benchmarks.table import FLATTENED, Row, as_json, table
 from benchmarks.ways import SEEDS, Way, answers, check, load_row, push_row, stock_row
 from examples.local_server import CPU_ARGS, LocalServer
@@ -95,7 +96,7 @@ class Run:
         self.device = torch.device("cuda", 0) if self.on_gpu else torch.device("cpu")
         self.backend = "nccl" if self.on_gpu else "gloo"
         self.num_peer_pushes = chosen.pushes if chosen.peer_pushes is None else chosen.peer_pushes
-        self._ended = threading.Lock()
+        self._ending, self._over = threading.Lock(), False
 
     def say(self, what: str) -> None:
         print(f"[{time.monotonic() - self.began:6.1f} s] {what}", flush=True)
@@ -103,7 +104,9 @@ class Run:
     # Servers
 
     def start(self, name: str, args: Sequence[str]) -> LocalServer:
-        """A server on the second GPU, not awaited."""
+        """A server on the second GPU, not awaited. Raises: RuntimeError: the run has ended."""
+        if self._over:
+            raise RuntimeError("the run has ended")
         more = [*GPU_ARGS, "--mem-fraction-static", self.chosen.mem_fraction_static] if self.on_gpu else [*CPU_ARGS]
         env = {"FP8SYNC_PROBE": "1", "SGLANG_JIT_DEEPGEMM_PRECOMPILE": "0"}
         if self.on_gpu:
@@ -119,7 +122,8 @@ class Run:
             server.wait(START_S)
         except RuntimeError as error:
             print(error, flush=True)
-            self.rows.append(Row(way=f"server, {server.log.stem}", failed=str(error).splitlines()[0]))
+            lines = str(error).splitlines()
+            self.rows.append(Row(way=f"server, {server.log.stem}", failed=f"{lines[0]} {lines[-1][:200]}"))
             return False
         self.say(f"{server.log.stem}: up, {'with' if _has_graphs(server) else 'without'} CUDA graphs")
         return True
@@ -144,11 +148,18 @@ class Run:
     # The end
 
     def end(self, why: str = "") -> int:
-        """Stop the servers, write the figures, print the table; the exit status."""
-        if not self._ended.acquire(blocking=False):
-            return 1
-        if why:
-            self.rows.append(Row(way="the run", failed=why))
+        """Write the figures, print the table, stop the servers; the exit status. Once: others wait for it."""
+        with self._ending:
+            if not self._over:
+                self._over = True
+                if why:
+                    self.rows.append(Row(way="the run", failed=why))
+                self._tell()
+                for server in self.servers:
+                    server.stop()
+        return int(any(row.failed for row in self.rows))
+
+    def _tell(self) -> None:
         about = {
             "chosen": {name: str(value) for name, value in vars(self.chosen).items()},
             "versions": {name: importlib.metadata.version(name) for name in ("torch", "sglang", "transformers")},
@@ -158,11 +169,8 @@ class Run:
         name = f"{self.chosen.model}-{self.chosen.only or 'all'}.json"
         (self.chosen.out / name).write_text(json.dumps(as_json(self.rows, self.limits, about), indent=1))
         device = "a CPU" if self.limits is None else self.limits.device
-        print(
-            f"\n{self.case.name}, {about['num_layers']} layers, {device}, {about['versions']}; ms, GB of 10^9 bytes\n"
-        )
+        print(f"\n{self.case.name}, {about['num_layers']} layers, {device}, {about['versions']}; ms, GB = 10^9 bytes\n")
         print(table(self.rows, self.limits), flush=True)
-        return int(any(row.failed for row in self.rows))
 
     def watch(self) -> None:
         """End the process at the deadline with what there is, also where its main thread waits for a device."""
@@ -237,19 +245,13 @@ def measure_limits(run: Run) -> None:
         run.rows.append(Row(way="limits", failed=str(error)[:300]))
 
 
-def staging_gb(trainer: Trainer, config: FP8BlockConfig, bucket_mib: Sequence[int]) -> str:
-    """For `--fp8sync-staging`: an image, the largest bucket, and what a server holds beside its weights."""
-    layouts = [layout_of(trainer.weights, config, mib << 20) for mib in bucket_mib]
-    num_bytes = layouts[0].num_bytes * 1.01 + max(layout.largest_bucket_bytes for layout in layouts) + 100e6
-    return f"{num_bytes / 1e9:.2f}"
-
-
 def main() -> int:
     chosen = arguments()
     os.environ.update(NCCL, CUDA_VISIBLE_DEVICES=chosen.gpus[0])  # before anything asks for a GPU
     run = Run(chosen)
     (chosen.out / "logs").mkdir(parents=True, exist_ok=True)
     run.watch()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
     with tempfile.TemporaryDirectory() as folder:
         try:
             compare_all(run, Path(folder))
@@ -268,7 +270,7 @@ def compare_all(run: Run, folder: Path) -> None:
     model = run.case.write_config(folder / run.case.name)
     plain = sglang_fp8_args(str(model), run.config)
     stock = [word for word in plain if word not in ("--load-plugin", "fp8sync")]
-    pushed = [*plain, "--fp8sync-staging", staging_gb(trainer, run.config, run.chosen.bucket_mib)]
+    pushed = [*plain, "--fp8sync-staging", staging_gb(trainer.weights, run.config, run.chosen.bucket_mib)]
     jobs: list[tuple[str, list[str], Callable[[LocalServer], None]]] = []
     if run.chosen.only != "peers":
         jobs.append(("push", pushed, lambda server: ours(run, server, trainer, wanted)))

@@ -166,7 +166,7 @@ def test_the_table_has_ratios_and_failures() -> None:
     mine = cells["ours"]
     assert (mine["first"], mine["later"], mine["first / later"]) == ("900", "250 (200 to 300)", "3.60")
     assert (mine["to the wire"], mine["to the flattened bucket"], mine["send"]) == ("2.50", "0.50", "62.5")
-    assert (mine["CPU"], mine["GPU memory"], mine["plan"]) == ("125 of 250", "0.50", "")
+    assert (mine["CPU"], mine["GPU memory"], mine["plan"]) == ("125 of 250", "0.5", "")
     assert cells["broken"]["note"] == "failed: RuntimeError: a b / c" and cells["left"]["note"] == "left out"
 
 
