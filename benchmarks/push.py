@@ -31,12 +31,12 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import get_args
 
 import torch
 
 from benchmarks.expected import expected
 from benchmarks.limits import Limits, measure
+from benchmarks.push_arguments import GPU_ARGS, NCCL, arguments
 from benchmarks.shapes import MODELS, Trainer, with_layers
 from benchmarks.stock_route import Grouped, StockRoute, buckets, quantized, staging_gb
 from benchmarks.table import FLATTENED, Row, as_json, table
@@ -44,42 +44,10 @@ from benchmarks.ways import SEEDS, Way, answers, check, load_row, push_row, stoc
 from examples.local_server import CPU_ARGS, LocalServer
 from shared.config import FP8BlockConfig
 from shared.launch import sglang_fp8_args
-from shared.protocol import PlaneName
 
 START_S = 240.0
-GPU_ARGS = (
-    *("--attention-backend", "triton", "--sampling-backend", "pytorch", "--grammar-backend", "none"),
-    *("--fp8-gemm-backend", "triton", "--moe-runner-backend", "triton", "--skip-tokenizer-init"),
-    *("--skip-server-warmup", "--disable-prefill-cuda-graph", "--cuda-graph-max-bs", "8"),
-    *("--max-running-requests", "16", "--max-total-tokens", "32768", "--random-seed", "1"),
-)
-# Both ends of an NCCL group have to agree on the first; SGLang sets it to 0 for itself.
-NCCL = {"NCCL_CUMEM_ENABLE": "0", "NCCL_NVLS_ENABLE": "0"}
-EVERY_WAY = ("ours", "peers")
 ONE_BY_ONE, BF16 = "stock, FP8 tensors one by one", "stock, BF16 tensors one by one"
 LOAD_PUSHES, MOST_NEW_TOKENS = 3, 2000
-
-
-def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=MODELS, default="qwen3-8b")
-    parser.add_argument("--layers", type=int, help="so many layers in place of the model's")
-    parser.add_argument("--out", type=Path, required=True, help="folder for figures (JSON) and the servers' logs")
-    parser.add_argument("--plane", choices=get_args(PlaneName), default="nccl")
-    parser.add_argument("--bucket-mib", type=int, nargs="+", default=[256], help="a row for each")
-    parser.add_argument("--staging", nargs="+", choices=["reserved", "in_place"], default=["reserved", "in_place"])
-    parser.add_argument("--pushes", type=int, default=5, help="after the first, of every way of ours")
-    parser.add_argument("--peer-pushes", type=int, help="the same of the others")
-    parser.add_argument("--only", choices=EVERY_WAY, help="the others are left out")
-    parser.add_argument("--bf16", action="store_true", help="a third server, which serves BF16")
-    parser.add_argument("--load", type=int, default=0, metavar="STREAMS", help="push while so many requests generate")
-    parser.add_argument("--in-flight", nargs="+", choices=["retract", "keep"], default=["retract", "keep"])
-    parser.add_argument("--gpus", nargs=2, default=["0", "1"], metavar="GPU", help="of the trainer, of the server")
-    parser.add_argument("--together", action="store_true", help="all servers are up from the start, in one memory")
-    parser.add_argument("--mem-fraction-static", default="0.85", help="of the servers, on a GPU")
-    parser.add_argument("--server-arg", action="append", default=[], metavar="WORD", help="more for every server")
-    parser.add_argument("--deadline-s", type=float, default=540.0, help="the table is printed then, whatever runs")
-    return parser.parse_args(words)
 
 
 class Run:
@@ -111,7 +79,7 @@ class Run:
         env = {"FP8SYNC_PROBE": "1", "SGLANG_JIT_DEEPGEMM_PRECOMPILE": "0"}
         if self.on_gpu:
             env["CUDA_VISIBLE_DEVICES"] = self.chosen.gpus[1]
-        log = self.chosen.out / "logs" / f"{self.chosen.model}-{name}.log"
+        log = self.chosen.out / "logs" / f"{self.chosen.label}-{name}.log"
         self.servers.append(LocalServer([*args, *more, *self.chosen.server_arg], log, env=env))
         self.say(f"{name}: starting, {log}")
         return self.servers[-1]
@@ -166,7 +134,7 @@ class Run:
             "num_layers": self.case.config["num_hidden_layers"],
             "seconds": time.monotonic() - self.began,
         }
-        name = f"{self.chosen.model}-{self.chosen.only or 'all'}.json"
+        name = f"{self.chosen.label}-{self.chosen.only or 'all'}.json"
         (self.chosen.out / name).write_text(json.dumps(as_json(self.rows, self.limits, about), indent=1))
         device = "a CPU" if self.limits is None else self.limits.device
         print(f"\n{self.case.name}, {about['num_layers']} layers, {device}, {about['versions']}; ms, GB = 10^9 bytes\n")
@@ -246,7 +214,7 @@ def measure_limits(run: Run) -> None:
 
 
 def main() -> int:
-    chosen = arguments()
+    chosen = arguments(__doc__)
     os.environ.update(NCCL, CUDA_VISIBLE_DEVICES=chosen.gpus[0])  # before anything asks for a GPU
     run = Run(chosen)
     (chosen.out / "logs").mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ import torch
 from benchmarks import push
 from benchmarks.expected import compare, expected, fused, place
 from benchmarks.limits import Limits
+from benchmarks.push_arguments import arguments
 from benchmarks.shapes import MODELS, Trainer, with_layers
 from benchmarks.stock_route import BUCKET_BYTES, Grouped, buckets, flat, layout_of, quantized
 from benchmarks.streams import gaps
@@ -171,7 +172,7 @@ def test_the_table_has_ratios_and_failures() -> None:
 
 
 def test_a_way_that_fails_is_a_row_and_the_exit_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = push.Run(push.arguments(["--model", "tiny", "--plane", "tcp", "--out", str(tmp_path)]))
+    run = push.Run(arguments(None, ["--model", "tiny", "--plane", "tcp", "--out", str(tmp_path)]))
 
     def wrong() -> str:
         raise AssertionError("another byte")
