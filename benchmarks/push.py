@@ -20,6 +20,8 @@ import argparse
 import importlib.metadata
 import json
 import os
+import re
+import signal
 import sys
 import tempfile
 import threading
@@ -30,55 +32,23 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import get_args
 
 import torch
 
 from benchmarks.expected import expected
 from benchmarks.limits import Limits, measure
+from benchmarks.push_arguments import GPU_ARGS, NCCL, arguments
 from benchmarks.shapes import MODELS, Trainer, with_layers
-from benchmarks.stock_route import Grouped, StockRoute, buckets, layout_of, quantized
+from benchmarks.stock_route import Grouped, StockRoute, buckets, quantized, staging_gb
 from benchmarks.table import FLATTENED, Row, as_json, table
 from benchmarks.ways import SEEDS, Way, answers, check, load_row, push_row, stock_row
 from examples.local_server import CPU_ARGS, LocalServer
 from shared.config import FP8BlockConfig
 from shared.launch import sglang_fp8_args
-from shared.protocol import PlaneName
 
 START_S = 240.0
-GPU_ARGS = (
-    *("--attention-backend", "triton", "--sampling-backend", "pytorch", "--grammar-backend", "none"),
-    *("--fp8-gemm-backend", "triton", "--moe-runner-backend", "triton", "--skip-tokenizer-init"),
-    *("--skip-server-warmup", "--disable-prefill-cuda-graph", "--cuda-graph-max-bs", "8"),
-    *("--max-running-requests", "16", "--max-total-tokens", "32768", "--random-seed", "1"),
-)
-# Both ends of an NCCL group have to agree on the first; SGLang sets it to 0 for itself.
-NCCL = {"NCCL_CUMEM_ENABLE": "0", "NCCL_NVLS_ENABLE": "0"}
-EVERY_WAY = ("ours", "peers")
 ONE_BY_ONE, BF16 = "stock, FP8 tensors one by one", "stock, BF16 tensors one by one"
 LOAD_PUSHES, MOST_NEW_TOKENS = 3, 2000
-
-
-def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=MODELS, default="qwen3-8b")
-    parser.add_argument("--layers", type=int, help="so many layers in place of the model's")
-    parser.add_argument("--out", type=Path, required=True, help="folder for figures (JSON) and the servers' logs")
-    parser.add_argument("--plane", choices=get_args(PlaneName), default="nccl")
-    parser.add_argument("--bucket-mib", type=int, nargs="+", default=[256], help="a row for each")
-    parser.add_argument("--staging", nargs="+", choices=["reserved", "in_place"], default=["reserved", "in_place"])
-    parser.add_argument("--pushes", type=int, default=5, help="after the first, of every way of ours")
-    parser.add_argument("--peer-pushes", type=int, help="the same of the others")
-    parser.add_argument("--only", choices=EVERY_WAY, help="the others are left out")
-    parser.add_argument("--bf16", action="store_true", help="a third server, which serves BF16")
-    parser.add_argument("--load", type=int, default=0, metavar="STREAMS", help="push while so many requests generate")
-    parser.add_argument("--in-flight", nargs="+", choices=["retract", "keep"], default=["retract", "keep"])
-    parser.add_argument("--gpus", nargs=2, default=["0", "1"], metavar="GPU", help="of the trainer, of the server")
-    parser.add_argument("--together", action="store_true", help="all servers are up from the start, in one memory")
-    parser.add_argument("--mem-fraction-static", default="0.85", help="of the servers, on a GPU")
-    parser.add_argument("--server-arg", action="append", default=[], metavar="WORD", help="more for every server")
-    parser.add_argument("--deadline-s", type=float, default=540.0, help="the table is printed then, whatever runs")
-    return parser.parse_args(words)
 
 
 class Run:
@@ -95,7 +65,7 @@ class Run:
         self.device = torch.device("cuda", 0) if self.on_gpu else torch.device("cpu")
         self.backend = "nccl" if self.on_gpu else "gloo"
         self.num_peer_pushes = chosen.pushes if chosen.peer_pushes is None else chosen.peer_pushes
-        self._ended = threading.Lock()
+        self._ending, self._over = threading.Lock(), False
 
     def say(self, what: str) -> None:
         print(f"[{time.monotonic() - self.began:6.1f} s] {what}", flush=True)
@@ -103,12 +73,14 @@ class Run:
     # Servers
 
     def start(self, name: str, args: Sequence[str]) -> LocalServer:
-        """A server on the second GPU, not awaited."""
+        """A server on the second GPU, not awaited. Raises: RuntimeError: the run has ended."""
+        if self._over:
+            raise RuntimeError("the run has ended")
         more = [*GPU_ARGS, "--mem-fraction-static", self.chosen.mem_fraction_static] if self.on_gpu else [*CPU_ARGS]
         env = {"FP8SYNC_PROBE": "1", "SGLANG_JIT_DEEPGEMM_PRECOMPILE": "0"}
         if self.on_gpu:
             env["CUDA_VISIBLE_DEVICES"] = self.chosen.gpus[1]
-        log = self.chosen.out / "logs" / f"{self.chosen.model}-{name}.log"
+        log = self.chosen.out / "logs" / f"{self.chosen.label}-{name}.log"
         self.servers.append(LocalServer([*args, *more, *self.chosen.server_arg], log, env=env))
         self.say(f"{name}: starting, {log}")
         return self.servers[-1]
@@ -119,7 +91,8 @@ class Run:
             server.wait(START_S)
         except RuntimeError as error:
             print(error, flush=True)
-            self.rows.append(Row(way=f"server, {server.log.stem}", failed=str(error).splitlines()[0]))
+            lines = str(error).splitlines()
+            self.rows.append(Row(way=f"server, {server.log.stem}", failed=f"{lines[0]} {lines[-1][:200]}"))
             return False
         self.say(f"{server.log.stem}: up, {'with' if _has_graphs(server) else 'without'} CUDA graphs")
         return True
@@ -144,25 +117,29 @@ class Run:
     # The end
 
     def end(self, why: str = "") -> int:
-        """Stop the servers, write the figures, print the table; the exit status."""
-        if not self._ended.acquire(blocking=False):
-            return 1
-        if why:
-            self.rows.append(Row(way="the run", failed=why))
+        """Write the figures, print the table, stop the servers; the exit status. Once: others wait for it."""
+        with self._ending:
+            if not self._over:
+                self._over = True
+                if why:
+                    self.rows.append(Row(way="the run", failed=why))
+                self._tell()
+                for server in self.servers:
+                    server.stop()
+        return int(any(row.failed for row in self.rows))
+
+    def _tell(self) -> None:
         about = {
             "chosen": {name: str(value) for name, value in vars(self.chosen).items()},
             "versions": {name: importlib.metadata.version(name) for name in ("torch", "sglang", "transformers")},
             "num_layers": self.case.config["num_hidden_layers"],
             "seconds": time.monotonic() - self.began,
         }
-        name = f"{self.chosen.model}-{self.chosen.only or 'all'}.json"
+        name = f"{self.chosen.label}-{self.chosen.only or 'all'}.json"
         (self.chosen.out / name).write_text(json.dumps(as_json(self.rows, self.limits, about), indent=1))
         device = "a CPU" if self.limits is None else self.limits.device
-        print(
-            f"\n{self.case.name}, {about['num_layers']} layers, {device}, {about['versions']}; ms, GB of 10^9 bytes\n"
-        )
+        print(f"\n{self.case.name}, {about['num_layers']} layers, {device}, {about['versions']}; ms, GB = 10^9 bytes\n")
         print(table(self.rows, self.limits), flush=True)
-        return int(any(row.failed for row in self.rows))
 
     def watch(self) -> None:
         """End the process at the deadline with what there is, also where its main thread waits for a device."""
@@ -177,7 +154,7 @@ class Run:
 
 
 def _has_graphs(server: LocalServer) -> bool:
-    return "capture cuda graph" in server.log.read_text(errors="replace").lower().replace("decode ", "")
+    return re.search(r"capture .*cuda graph end", server.log.read_text(errors="replace").lower()) is not None
 
 
 def ours(run: Run, server: LocalServer, trainer: Trainer, wanted: dict[str, str]) -> None:
@@ -237,19 +214,13 @@ def measure_limits(run: Run) -> None:
         run.rows.append(Row(way="limits", failed=str(error)[:300]))
 
 
-def staging_gb(trainer: Trainer, config: FP8BlockConfig, bucket_mib: Sequence[int]) -> str:
-    """For `--fp8sync-staging`: an image, the largest bucket, and what a server holds beside its weights."""
-    layouts = [layout_of(trainer.weights, config, mib << 20) for mib in bucket_mib]
-    num_bytes = layouts[0].num_bytes * 1.01 + max(layout.window_bytes(2) for layout in layouts) + 100e6
-    return f"{num_bytes / 1e9:.2f}"
-
-
 def main() -> int:
-    chosen = arguments()
+    chosen = arguments(__doc__)
     os.environ.update(NCCL, CUDA_VISIBLE_DEVICES=chosen.gpus[0])  # before anything asks for a GPU
     run = Run(chosen)
     (chosen.out / "logs").mkdir(parents=True, exist_ok=True)
     run.watch()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
     with tempfile.TemporaryDirectory() as folder:
         try:
             compare_all(run, Path(folder))
@@ -268,7 +239,7 @@ def compare_all(run: Run, folder: Path) -> None:
     model = run.case.write_config(folder / run.case.name)
     plain = sglang_fp8_args(str(model), run.config)
     stock = [word for word in plain if word not in ("--load-plugin", "fp8sync")]
-    pushed = [*plain, "--fp8sync-staging", staging_gb(trainer, run.config, run.chosen.bucket_mib)]
+    pushed = [*plain, "--fp8sync-staging", staging_gb(trainer.weights, run.config, run.chosen.bucket_mib)]
     jobs: list[tuple[str, list[str], Callable[[LocalServer], None]]] = []
     if run.chosen.only != "peers":
         jobs.append(("push", pushed, lambda server: ours(run, server, trainer, wanted)))

@@ -17,6 +17,6 @@ for run in "$@"; do
     # shellcheck disable=SC2086  # words are what it is
     timeout -k 5 "$((left + 15))" python3 -m benchmarks.push --out "$OUT" --deadline-s "$left" $run || status=$?
 done
-tar -C "$OUT" -cJf "$OUT/logs.tar.xz" logs && rm -rf "$OUT/logs"
+[ ! -d "$OUT/logs" ] || { tar -C "$OUT" -cJf "$OUT/logs.tar.xz" logs && rm -rf "$OUT/logs"; }
 pack_caches
 exit "$status"

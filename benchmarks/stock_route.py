@@ -8,7 +8,7 @@ launches a bucket (`Grouped`).
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from itertools import accumulate
@@ -73,6 +73,13 @@ def layout_of(weights: Mapping[str, Tensor], config: FP8BlockConfig, bucket_byte
         dtype = "float8_e4m3fn" if in_fp8 else DTYPE_NAMES[weight.dtype]
         tensors.append(ManifestTensor.model_validate({**spec, "dtype": dtype}))
     return make_layout(tensors, bucket_bytes)
+
+
+def staging_gb(weights: Mapping[str, Tensor], config: FP8BlockConfig, bucket_mib: Sequence[int]) -> str:
+    """For `--fp8sync-staging`: an image, the largest bucket, and what a server holds beside its weights."""
+    layouts = [layout_of(weights, config, mib << 20) for mib in bucket_mib]
+    num_bytes = layouts[0].num_bytes * 1.01 + max(layout.window_bytes(2) for layout in layouts) + 100e6
+    return f"{num_bytes / 1e9:.2f}"
 
 
 class Grouped:

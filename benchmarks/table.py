@@ -96,7 +96,7 @@ def _ms(seconds: float | None) -> str:
 
 
 def _gb(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:.2f}"
+    return f"{num_bytes / 1e9:.3g}"
 
 
 def _ratio(value: float | None, of: float | None) -> str:

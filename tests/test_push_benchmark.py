@@ -11,6 +11,7 @@ import torch
 from benchmarks import push
 from benchmarks.expected import compare, expected, fused, place
 from benchmarks.limits import Limits
+from benchmarks.push_arguments import arguments
 from benchmarks.shapes import MODELS, Trainer, with_layers
 from benchmarks.stock_route import BUCKET_BYTES, Grouped, buckets, flat, layout_of, quantized
 from benchmarks.streams import gaps
@@ -166,12 +167,12 @@ def test_the_table_has_ratios_and_failures() -> None:
     mine = cells["ours"]
     assert (mine["first"], mine["later"], mine["first / later"]) == ("900", "250 (200 to 300)", "3.60")
     assert (mine["to the wire"], mine["to the flattened bucket"], mine["send"]) == ("2.50", "0.50", "62.5")
-    assert (mine["CPU"], mine["GPU memory"], mine["plan"]) == ("125 of 250", "0.50", "")
+    assert (mine["CPU"], mine["GPU memory"], mine["plan"]) == ("125 of 250", "0.5", "")
     assert cells["broken"]["note"] == "failed: RuntimeError: a b / c" and cells["left"]["note"] == "left out"
 
 
 def test_a_way_that_fails_is_a_row_and_the_exit_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = push.Run(push.arguments(["--model", "tiny", "--plane", "tcp", "--out", str(tmp_path)]))
+    run = push.Run(arguments(None, ["--model", "tiny", "--plane", "tcp", "--out", str(tmp_path)]))
 
     def wrong() -> str:
         raise AssertionError("another byte")
