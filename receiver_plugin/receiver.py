@@ -190,7 +190,8 @@ class Receiver:
     def _prepare_to_begin(self, session: Session, version: int, idle: bool) -> None:
         again = self._fence is not None and version == self._version > 0  # it served that and fell out of it
         if version <= self._version and not again:
-            raise StaleVersionError(f"version {version} is not newer than {self._version}, which is served")
+            served = f"version {version} is not newer than {self._version}, which is served"
+            raise StaleVersionError(f"{served}: give a larger one, or none, and the sender takes the next")
         if session.transfer is not None:
             raise ServerBusyError(f"version {session.transfer.version} is still on its way")
 

@@ -38,7 +38,9 @@ class Blame:
             yield
         except TransferError as error:
             self.named = {self.owners[rank]: error for rank in error.ranks}
-            raise
+            if not self.named:
+                raise
+            raise TransferError(f"{', '.join(self.named)}: {error}", error.ranks) from error
 
     def own_words(self, verify: wire.Verify) -> ReceiveError | None:
         """Of a server that failed by itself. Whom the plane has named stays to blame, whoever is slow to answer."""

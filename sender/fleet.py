@@ -214,7 +214,7 @@ class Fleet:
     def begin(self, version: int) -> None:
         """From here on every server receives. Those that stage where requests run are drained first, and stay shut."""
         if not 0 <= version <= wire.MOST_VERSION:
-            raise StaleVersionError(f"{version} is no version: they end at {wire.MOST_VERSION}")
+            raise StaleVersionError(f"{version} is no version: they are whole numbers from 0 to {wire.MOST_VERSION}")
         self._version, self._digests, self._waiting = version, [], None
         self._doors.begin()
         held = [name for name in self.names if self.staging[name] != "reserved"]
@@ -320,7 +320,7 @@ class Fleet:
     def fail(self, reason: BaseException) -> None:
         """After any failure: every server forgets the push, and the next push opens a new session."""
         self._waiting = None
-        which = f" of version {self._version}" if self._digests or self._version else ""
+        which = f" of version {self._version}" if self._version else ""
         logger.warning("fp8sync: push%s failed: %s", which, str(reason).splitlines()[0] if str(reason) else reason)
         if self._session:
             self._servers.tell(self._abort(str(reason)))

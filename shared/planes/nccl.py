@@ -12,6 +12,7 @@ NCCL itself trusts whoever knows its id, and encrypts nothing: see docs/security
 
 from __future__ import annotations
 
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ from shared.planes.signing import TAG_BYTES
 from shared.protocol import Rendezvous
 
 MAX_CTAS = 16
+_CUMEM = "NCCL_CUMEM_ENABLE"
 _WARM_BYTES = 32 << 20
 _POLL_S = 50e-6
 _LOOK_S = 0.01  # how often whoever waits looks at its links
@@ -119,7 +121,13 @@ class NcclSender:
         self._links.join(rendezvous)
         deadline = time.monotonic() + rendezvous.timeout_s
         self._links.tell(self._id + self._links.signer.tag("nccl", self._id), deadline=deadline)
-        self._broadcasts = _Broadcasts(self._id, 0, rendezvous.world_size, self._check_links, deadline)
+        try:
+            self._broadcasts = _Broadcasts(self._id, 0, rendezvous.world_size, self._check_links, deadline)
+        except TransferError as error:
+            if os.environ.get(_CUMEM) == "0":
+                raise
+            text = f"SGLang sets {_CUMEM}=0 in its processes, and both ends of NCCL have to agree: set it here as well"
+            raise TransferError(f"{error} ({text})", error.ranks) from error
 
     def send(self, bucket: torch.Tensor, digest: int) -> None:
         broadcasts = self._opened
