@@ -52,7 +52,7 @@ class Trainer:
         self._device = device
         self.model = model.to(torch.bfloat16).to_empty(device=device).requires_grad_(False)
         source = ModuleSource(self.model)
-        self.weights: dict[str, Tensor] = source.gather([tensor.name for tensor in source.tensors])
+        self.weights: dict[str, Tensor] = dict(source.gather([tensor.name for tensor in source.tensors]))
         storages = {parameter.untyped_storage().data_ptr() for parameter in self.model.parameters()}
         assert all(weight.untyped_storage().data_ptr() in storages for weight in self.weights.values())
 

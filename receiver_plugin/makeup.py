@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+_PARTS_OF_METHODS = ("quant_config", "runner")
 _DEPTH = 4  # of containers in containers
 _HOOKS = frozenset(vars(nn.Module())) - {"_parameters", "_buffers", "_modules"}  # torch's own; they hold no tensors
 
@@ -34,7 +35,8 @@ class Makeup:
                 if name not in _HOOKS:
                     self._watch(value, seen)
             method = getattr(module, "quant_method", None)
-            self._watch(getattr(method, "__dict__", None), seen)
+            for part in (method, *(getattr(method, name, None) for name in _PARTS_OF_METHODS)):
+                self._watch(getattr(part, "__dict__", None), seen)
         self._then = self._now()
 
     def holds(self) -> bool:
@@ -65,6 +67,7 @@ class Makeup:
     def _now(self) -> list[Any]:
         found: list[Any] = []
         for mapping in self._mappings:
+            found.extend(mapping)
             found.extend(map(id, mapping.values()))
         for sequence in self._sequences:
             found.extend(map(id, sequence))

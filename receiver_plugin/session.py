@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 _LOOK_S = 1.0  # how often an idle session looks whether its sender is there
 _USUAL_TURN_S = sys.getswitchinterval()
+_INTERRUPT_S = 5.0
 _GRACE_S = 60.0  # for what was staged, after its deadline: a commit that came in time may still be at work
 
 
@@ -135,6 +136,7 @@ class Session:
         self._wake = threading.Condition()
         self._pending: Transfer | None = None
         self._closed = False
+        self._plane: ReceiveHalf | None = None
         self._thread = threading.Thread(target=self._run, args=(join,), name="fp8sync-receive", daemon=True)
         self._thread.start()
 
@@ -181,10 +183,18 @@ class Session:
             return False
         self.ended, self._own_fault = why, own_fault
         self.transfer.cancel()
+        self._interrupt(self.transfer)
         touched = self.transfer.staging.touched
         self.transfer = None
         self.give_room_back()
         return touched
+
+    def _interrupt(self, transfer: Transfer) -> None:
+        """No kernel waits for the sender on return: whoever synchronizes the device next would wait with it."""
+        if self._plane is not None and not transfer.done.is_set():
+            self._plane.interrupt()
+            if self._device.type == "cuda":
+                transfer.done.wait(_INTERRUPT_S)
 
     def close(self) -> None:
         """Free the staging for the next session and stop the thread.
@@ -208,7 +218,7 @@ class Session:
         plane: ReceiveHalf | None = None
         failure: str | None = None
         try:
-            plane = join()
+            plane = self._plane = join()
         except Fp8SyncError as error:
             failure = str(error)
         except Exception as error:

@@ -83,7 +83,8 @@ class Staging:
         self._scatter = self._resolve(plan.copies)
         self._commit = copier(*self._whole_parameters())
         # The tables of a GPU are made of these addresses, and hold no memory.
-        self._bucket_address = self.room.bucket.data_ptr() if need.device.type == "cuda" and self._in_place else None
+        keeps = all(_knows_addresses_only(copy) for copy in self._scatter if copy is not None)
+        self._bucket_address = self.room.bucket.data_ptr() if keeps and self._in_place else None
 
     @property
     def num_bytes(self) -> int:
@@ -190,6 +191,11 @@ def copier(to: list[torch.Tensor], of: list[torch.Tensor]) -> Callable[[], None]
 
         return GroupedCopy(to, of).run
     return partial(torch._foreach_copy_, to, of)
+
+
+def _knows_addresses_only(copy: Callable[[], None]) -> bool:
+    left = getattr(getattr(copy, "__self__", None), "alone", None)
+    return left is not None and not left[0]
 
 
 def cut(view: View, bounds: Sequence[int]) -> Iterator[Box]:

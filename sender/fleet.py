@@ -51,7 +51,7 @@ def longest_push_s(timeout_s: float) -> float:
 class Fleet:
     """The servers, the data plane to them, and the push under way.
 
-    `make_memory_plane` is a test's way to put faults on the in-memory plane.
+    `gpu`: from which the plane `nccl` sends. `make_memory_plane` is a test's way to put faults on the in-memory plane.
     """
 
     def __init__(
@@ -65,12 +65,13 @@ class Fleet:
         strict: bool = False,
         staging: wire.StagingChoice = "auto",
         quorum: int | None = None,
+        gpu: int | None = None,
         make_memory_plane: Callable[[wire.Rendezvous], SendHalf] = MemoryPlane,
     ) -> None:
         self._servers = Servers(servers, timeout_s, quorum)
         self._config, self._plane_name, self._timeout_s = config, plane, timeout_s
         self._in_flight, self._strict, self._wanted = in_flight, strict, staging
-        self._make_memory_plane = make_memory_plane
+        self._make_memory_plane, self._gpu = make_memory_plane, gpu
         self._name = f"{socket.gethostname()}-{secrets.token_hex(4)}"
         self._incarnations: dict[str, str] = {}
         self._plane: SendHalf | None = None
@@ -126,6 +127,7 @@ class Fleet:
             in_flight=self._in_flight,
             strict=self._strict,
             staging=self._wanted,
+            gpu=self._gpu,
             make_memory_plane=self._make_memory_plane,
         )
 
@@ -183,6 +185,7 @@ class Fleet:
             self._num_ranks,
             self._secret,
             self._timeout_s,
+            self._gpu,
             self._make_memory_plane,
         )
         self._plane = listening.plane

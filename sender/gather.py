@@ -5,6 +5,7 @@ Which way a tensor goes stands in the plan (`sender.rows_plan`). The calls of al
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,16 +19,20 @@ from shared.config import FP8BlockConfig
 
 @dataclass(frozen=True)
 class Gathered:
-    """One bucket on rank 0: tensors by name, whole, in wire precision; what the ranks have quantized, if any."""
+    """One bucket on rank 0: tensors by name, whole, in wire precision; what the ranks have quantized, if any.
 
-    weights: dict[str, torch.Tensor]
+    `names`: of the tensors in `weights`.
+    """
+
+    weights: Mapping[str, torch.Tensor]
+    names: Sequence[str]
     rows: ReceivedRows | None = None
 
     @property
     def device(self) -> torch.device:
         if self.rows is not None:
             return self.rows.chunks.device
-        return next(iter(self.weights.values())).device
+        return self.weights[self.names[0]].device
 
 
 class Gathering:
@@ -44,7 +49,8 @@ class Gathering:
     def gather(self, bucket: Bucket) -> Gathered:
         """Collective. Valid on rank 0, until the next bucket."""
         rows = self._rows.gather(bucket.index, self._source.sharding) if self._rows is not None else None
-        return Gathered(self._source.gather([name for name in bucket.names if name not in self._early]), rows)
+        late = [name for name in bucket.names if name not in self._early]
+        return Gathered(self._source.gather(late), late, rows)
 
 
 class Gatherer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -44,7 +45,9 @@ class Packer:
     def begin(self) -> None:
         self._nonfinite.zero_()
 
-    def pack(self, bucket: Bucket, weights: dict[str, torch.Tensor], rows: ReceivedRows | None = None) -> torch.Tensor:
+    def pack(
+        self, bucket: Bucket, weights: Mapping[str, torch.Tensor], rows: ReceivedRows | None = None
+    ) -> torch.Tensor:
         """`weights` by name, `rows` of the early ones -> flat uint8 [bucket.num_bytes].
 
         On a GPU in memory of its own, elsewhere valid until the next call.

@@ -197,7 +197,8 @@ class Lead:
             return
         others = {rank: said for rank, said in enumerate(told) if said != told[0]}
         if others and self.failure is None:
-            self.failure = ConfigError(f"{what} is another one on rank(s) {sorted(others)} than on rank 0: {others}")
+            text = f"{what} is another one on rank(s) {sorted(others)} than on rank 0, which says {told[0]!r}: {others}"
+            self.failure = ConfigError(text)
 
     def take_back(self, again: Callable[[Exception], bool]) -> bool:
         """Whether there was a failure, and `again` says that another try is worth it. Another error takes its place."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from shared import protocol as wire
+from shared.errors import TransferError
 from shared.planes import SendHalf
 from shared.planes.distributed import GroupSender
 from shared.planes.nccl import NcclSender
@@ -25,12 +26,16 @@ class Listening:
     join: Callable[[], None]
 
 
-def _open(plane: wire.PlaneName, host: str, timeout_s: float) -> SocketSender | GroupSender | NcclSender | None:
-    """None: the plane is not one that listens."""
+def _open(
+    plane: wire.PlaneName, host: str, timeout_s: float, gpu: int | None
+) -> SocketSender | GroupSender | NcclSender | None:
+    """None: the plane is not one that listens. Raises: TransferError: no GPU for a plane that needs one."""
     if plane == "memory":
         return None
     if plane == "nccl":
-        return NcclSender(host, timeout_s)
+        if gpu is None:
+            raise TransferError("plane='nccl' sends from a GPU, and there is none here")
+        return NcclSender(host, timeout_s, gpu)
     return (GroupSender if plane == "gloo" else SocketSender)(host, timeout_s)
 
 
@@ -40,6 +45,7 @@ def listen(
     num_ranks: Sequence[int],
     secret: str,
     timeout_s: float,
+    gpu: int | None,
     make_memory_plane: Callable[[wire.Rendezvous], SendHalf],
 ) -> Listening:
     """Let the ranks of servers come, `num_ranks` of each.
@@ -49,7 +55,7 @@ def listen(
     """
     host = next((h for h in hosts if not ipaddress.ip_address(h).is_loopback), hosts[0])
     # One bucket may take half of a push, so that a server that takes none does not fail the others.
-    opened = _open(plane, host, timeout_s / 2)
+    opened = _open(plane, host, timeout_s / 2, gpu)
     key = secrets.token_hex(8)
     rendezvous = tuple(
         wire.Rendezvous(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -46,24 +46,46 @@ class WeightSource(Protocol):
     def cuts(self) -> Cuts:
         """The tensors that are made of each parameter in `sharding`."""
 
-    def gather(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
+    def gather(self, names: Sequence[str]) -> Mapping[str, torch.Tensor]:
         """Collective. The whole tensors on rank 0, in wire precision; what others get is not used."""
 
     def release(self) -> None:
         """Drop what `gather` kept for the next call."""
 
 
-class Weights(dict[str, torch.Tensor]):
-    """Whole tensors by name. The same object again stands for the same places in memory."""
+class Weights(Mapping[str, torch.Tensor]):
+    """Whole tensors by name, each made (`make`) when it is first asked for, and again after `drop`.
+
+    The same object again stands for the same places in memory, whoever's that is by now.
+    """
+
+    def __init__(self, names: Sequence[str], make: Callable[[str], torch.Tensor]) -> None:
+        self._names, self._make = names, make
+        self._made: dict[str, torch.Tensor] = {}
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self._made:
+            self._made[name] = self._make(name)
+        return self._made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def drop(self) -> None:
+        """The trainer may want its memory."""
+        self._made.clear()
 
 
 @dataclass(frozen=True)
 class _InMemory:
-    """Weights that are views of the parameters of `held`, whose memory lies at `addresses`."""
+    """Weights that are views of the parameters of `held`, whose memory lies at `places`: addresses and strides."""
 
     weights: Weights
     held: list[tuple[Held, torch.dtype]]
-    addresses: list[int]
+    places: list[_Place | None]
 
     @classmethod
     def of(cls, weights: Weights, held: list[tuple[Held, torch.dtype]]) -> _InMemory | None:
@@ -72,12 +94,18 @@ class _InMemory:
         storages = {memory.untyped_storage().data_ptr() for memory in own}
         if len(own) < len(held) or any(w.untyped_storage().data_ptr() not in storages for w in weights.values()):
             return None
-        return cls(weights, held, [memory.data_ptr() for memory in own])
+        return cls(weights, held, [_place(memory) for memory in own])
 
     def holds(self) -> bool:
         """Whether all parameters lie where they lay."""
-        own = [each.own_memory(dtype) for each, dtype in self.held]
-        return [None if memory is None else memory.data_ptr() for memory in own] == self.addresses
+        return [_place(each.own_memory(dtype)) for each, dtype in self.held] == self.places
+
+
+_Place = tuple[int, tuple[int, ...], torch.device]
+
+
+def _place(memory: torch.Tensor | None) -> _Place | None:
+    return None if memory is None else (memory.data_ptr(), memory.stride(), memory.device)
 
 
 class ModuleSource:
@@ -98,8 +126,9 @@ class ModuleSource:
         _reshard(model)
         held = _by_name(checkpoint_tensors(model))
         self.cuts = checkpoint_cuts(model, {name: parameter.shape for name, (parameter, _) in held.items()})
-        tensors = ((name, owner.tensor) for name, (owner, _) in held.items() if isinstance(owner, TensorHeld))
-        self.sharding = sharding_of(tensors, num_ranks)
+        self._spread = [(name, owner) for name, (owner, _) in held.items() if isinstance(owner, TensorHeld)]
+        self._num_ranks = num_ranks
+        self.renew()
         self._cuts = _by_name((cut.name, (*held[name], cut)) for name in held for cut in self.cuts[name])
         specs = (
             {"name": cut.name, "shape": cut.shape, "dtype": DTYPE_NAMES[dtype]} for _, dtype, cut in self._cuts.values()
@@ -113,20 +142,23 @@ class ModuleSource:
     def tensors(self) -> tuple[TensorSpec, ...]:
         return self._tensors
 
-    def gather(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
+    def gather(self, names: Sequence[str]) -> Mapping[str, torch.Tensor]:
         names = tuple(names)
         known = self._in_memory.get(names)
         if known is not None and known.holds():
             return known.weights
-        found = Weights()
+        found = Weights(names, self._one)
         for name in names:
-            held, dtype, cut = self._cuts[name]
-            found[name] = cut.of(self._whole(held, dtype))
+            found[name]  # now: it is a collective
         self._in_memory.pop(names, None)
         owners = {id(self._cuts[name][0]): self._cuts[name][:2] for name in names}
         if (lasting := _InMemory.of(found, list(owners.values()))) is not None:
             self._in_memory[names] = lasting
         return found
+
+    def _one(self, name: str) -> torch.Tensor:
+        held, dtype, cut = self._cuts[name]
+        return cut.of(self._whole(held, dtype))
 
     def _whole(self, held: Held, dtype: torch.dtype) -> torch.Tensor:
         """The gathered parameter; kept while its cuts are asked for one after the other."""
@@ -139,10 +171,17 @@ class ModuleSource:
         return whole
 
     def release(self) -> None:
-        """Drop what was gathered last."""
+        """Drop all that holds memory of the model."""
         self._gathered = (None, None)
+        for lasting in self._in_memory.values():
+            lasting.weights.drop()
+        self.sharding = Sharding()
         for held in self._held:
             held.release()
+
+    def renew(self) -> None:
+        """Once `release` was called: what is read of the model before each push."""
+        self.sharding = sharding_of(((name, owner.tensor) for name, owner in self._spread), self._num_ranks)
 
 
 def _by_name(pairs: Iterable[tuple[str, T]]) -> dict[str, T]:
@@ -224,7 +263,7 @@ class ShardSource:
             for n in self._holders
         )
 
-    def gather(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
+    def gather(self, names: Sequence[str]) -> Mapping[str, torch.Tensor]:
         return {name: self._whole(name) for name in names}
 
     def release(self) -> None:
@@ -279,6 +318,8 @@ class Sources:
         known = self._known.get(model)
         if known is None or known[0] != makeup:
             known = self._known[model] = (makeup, ModuleSource(model, self._num_ranks))
+        else:
+            known[1].renew()
         return known[1]
 
 

@@ -41,6 +41,9 @@ class Ahead:
         bucket, arrived = self._coming.popleft()
         bucket.copy_(arrived)
 
+    def interrupt(self) -> None:
+        self._inner.interrupt()
+
     def alive(self) -> bool:
         return self._inner.alive()
 

@@ -111,3 +111,30 @@ def test_a_model_that_is_gone_is_forgotten() -> None:
     del model
     gc.collect()
     assert tensor() is None
+
+
+def test_between_pushes_no_memory_of_a_model_is_kept() -> None:
+    """A trainer that moves its weights to the host has the GPU for itself."""
+    model, sources = Trainer(seed=3), Sources()
+    source = sources.of(model)
+    source.gather(tuple(spec.name for spec in source.tensors))
+    source.release()
+    storages = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    elsewhere = [parameter.data.clone() for parameter in model.parameters()]  # before any of it is free again
+    for parameter, copy in zip(model.parameters(), elsewhere, strict=True):
+        parameter.data = copy
+    gc.collect()
+    tensors = [found for found in gc.get_objects() if isinstance(found, torch.Tensor)]
+    assert not storages & {tensor.untyped_storage().data_ptr() for tensor in tensors}
+    assert same(values(sources.of(model)), model)
+
+
+def test_remembered_weights_are_read_from_where_they_are_now() -> None:
+    model, sources = Trainer(seed=3), Sources()
+    names = tuple(spec.name for spec in sources.of(model).tensors)
+    weights = sources.of(model).gather(names)
+    sources.of(model).release()
+    trained(model)
+    again = sources.of(model).gather(names)
+    assert again is weights and list(again) == list(names) and len(again) == len(names)
+    assert all(torch.equal(again[name], wanted) for name, wanted in values(ModuleSource(model)).items())

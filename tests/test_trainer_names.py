@@ -52,7 +52,7 @@ def offered(model: nn.Module) -> dict[str, torch.Tensor]:
         held = gathered[tensor.name]
         assert (tuple(held.shape), str(held.dtype)) == (tensor.shape, f"torch.{tensor.dtype}"), tensor.name
         assert held.is_contiguous(), tensor.name
-    return gathered
+    return dict(gathered)
 
 
 def differences(mine: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor]) -> list[str]:

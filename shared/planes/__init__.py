@@ -36,6 +36,9 @@ class ReceiveHalf(Protocol):
     def arrive(self, timeout_s: float) -> None:
         """Return when the oldest bucket that was not waited for yet is full. Not every plane works ahead."""
 
+    def interrupt(self) -> None:
+        """From any thread: a wait for what the device does ends with an error, and so does what it waits for."""
+
     def alive(self) -> bool:
         """Whether the sender is still there, between two pushes."""
 

@@ -117,6 +117,9 @@ class GroupReceiver:
     def arrive(self, timeout_s: float) -> None:
         """`receive` has waited already."""
 
+    def interrupt(self) -> None:
+        """Nothing of the device waits here."""
+
     def alive(self) -> bool:
         """By a question to the sender's store; it blocks while that process is stopped, and while TCP tries again."""
         try:

@@ -191,6 +191,11 @@ class Link:
         """Whether the sender is still there, as far as its connection tells."""
         return _is_open(self._sender)
 
+    def shut(self) -> None:
+        """Whoever waits here gives up, from any thread."""
+        with contextlib.suppress(OSError):
+            self._sender.shutdown(socket.SHUT_RDWR)
+
     def close(self) -> None:
         _end(self._sender)
 

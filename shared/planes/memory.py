@@ -82,6 +82,9 @@ class MemoryReceiver:
     def arrive(self, timeout_s: float) -> None:
         """`receive` has waited already."""
 
+    def interrupt(self) -> None:
+        """Nothing of the device waits here."""
+
     def alive(self) -> bool:
         with _lock:
             return self._key in _planes

@@ -30,6 +30,7 @@ MAX_CTAS = 16
 _CUMEM = "NCCL_CUMEM_ENABLE"
 _WARM_BYTES = 32 << 20
 _POLL_S = 50e-6
+_MOST_ON_ITS_WAY_S = 30.0  # of a bucket that was announced: its sender has it ready, and here a kernel waits for it
 _LOOK_S = 0.01  # how often whoever waits looks at its links
 
 
@@ -83,15 +84,22 @@ class _Broadcasts:
 
     def _wait(self, done: Callable[[], bool], deadline: float) -> None:
         look_at = time.monotonic() + _LOOK_S
-        while not done():
+        while not self._asked(done):
             time.sleep(_POLL_S)
             if (now := time.monotonic()) < look_at:
                 continue
             look_at = now + _LOOK_S
-            self._comm.settled()  # raises what NCCL has noticed
             self._check_links()
+            self._comm.settled()  # raises what NCCL has noticed
             if now > deadline:
                 raise TransferError("the data plane was silent until its deadline passed")
+
+    def _asked(self, done: Callable[[], bool]) -> bool:
+        try:
+            return done()
+        except TransferError:
+            self._check_links()  # they know who is gone
+            raise
 
     @contextmanager
     def _aborting(self) -> Iterator[None]:
@@ -104,13 +112,10 @@ class _Broadcasts:
 
 
 class NcclSender:
-    """Listens on `bind_host` for links; broadcasts from the current device. `timeout_s`: for one bucket.
+    """Listens on `bind_host` for links; broadcasts from GPU `gpu`. `timeout_s`: for one bucket."""
 
-    Raises: TransferError: there is no NCCL here.
-    """
-
-    def __init__(self, bind_host: str, timeout_s: float) -> None:
-        self._timeout_s, self._id = timeout_s, new_unique_id()
+    def __init__(self, bind_host: str, timeout_s: float, gpu: int = 0) -> None:
+        self._timeout_s, self._gpu = timeout_s, gpu
         self._links = Links(bind_host)
         self.host, self.port = self._links.host, self._links.port
         self._broadcasts: _Broadcasts | None = None
@@ -119,10 +124,12 @@ class NcclSender:
     def join(self, rendezvous: Rendezvous) -> None:
         """Raises: TransferError: not every server rank joined within `rendezvous.timeout_s`."""
         self._links.join(rendezvous)
-        deadline = time.monotonic() + rendezvous.timeout_s
-        self._links.tell(self._id + self._links.signer.tag("nccl", self._id), deadline=deadline)
+        deadline, self._num_peers = time.monotonic() + rendezvous.timeout_s, rendezvous.world_size - 1
+        unique_id = new_unique_id()  # NCCL listens from here on
+        self._links.tell(unique_id + self._links.signer.tag("nccl", unique_id), deadline=deadline)
         try:
-            self._broadcasts = _Broadcasts(self._id, 0, rendezvous.world_size, self._check_links, deadline)
+            with torch.cuda.device(self._gpu):
+                self._broadcasts = _Broadcasts(unique_id, 0, rendezvous.world_size, self._check_links, deadline)
         except TransferError as error:
             if os.environ.get(_CUMEM) == "0":
                 raise
@@ -134,8 +141,14 @@ class NcclSender:
         deadline = time.monotonic() + self._timeout_s
         header = self._links.signer.header(self._num_sent, bucket.numel(), digest)
         self._num_sent += 1
-        self._links.tell(header, deadline=deadline)
-        broadcasts.start(bucket.to(broadcasts.device), deadline)
+        if bucket.device != broadcasts.device:
+            bucket = bucket.to(broadcasts.device)
+            torch.cuda.current_stream(broadcasts.device).synchronize()
+        try:
+            self._links.tell(header, deadline=deadline)
+        except TransferError as error:
+            raise self._of(error.ranks, str(error)) from error
+        broadcasts.start(bucket, deadline)
         if broadcasts.num_under_way > 1:
             broadcasts.finish(deadline)
 
@@ -158,7 +171,11 @@ class NcclSender:
 
     def _check_links(self) -> None:
         if gone := self._links.gone():
-            raise TransferError(f"server rank(s) {list(gone)} left the data plane", gone)
+            raise self._of(gone, f"server rank(s) {list(gone)} left the data plane")
+
+    def _of(self, ranks: tuple[int, ...], text: str) -> TransferError:
+        """A rank that sees another one die leaves as well: of several, who left first is not known here."""
+        return TransferError(text, ranks if self._num_peers == 1 else ())
 
 
 class NcclReceiver:
@@ -182,11 +199,14 @@ class NcclReceiver:
         deadline = time.monotonic() + timeout_s
         digest = self._link.receive_header(self._num_received, bucket.numel(), deadline)
         self._num_received += 1
-        self._broadcasts.start(bucket, deadline)
+        self._broadcasts.start(bucket, min(deadline, time.monotonic() + _MOST_ON_ITS_WAY_S))
         return digest
 
     def arrive(self, timeout_s: float) -> None:
-        self._broadcasts.finish(time.monotonic() + timeout_s)
+        self._broadcasts.finish(time.monotonic() + min(timeout_s, _MOST_ON_ITS_WAY_S))
+
+    def interrupt(self) -> None:
+        self._link.shut()
 
     def alive(self) -> bool:
         return self._link.is_open()

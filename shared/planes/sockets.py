@@ -62,6 +62,9 @@ class SocketReceiver:
     def arrive(self, timeout_s: float) -> None:
         """`receive` has waited already."""
 
+    def interrupt(self) -> None:
+        """Nothing of the device waits here."""
+
     def alive(self) -> bool:
         return self.link.is_open()
 
