@@ -108,7 +108,7 @@ class FP8Sender:
             strict=strict,
             staging=staging,
             quorum=quorum,
-            gpu=torch.cuda.current_device() if torch.cuda.is_available() else None,
+            gpu=torch.cuda.current_device() if plane == "nccl" and torch.cuda.is_available() else None,
         )
         self._quorum, self._turns, self._keeper = quorum, Turns(timeout_s), Keeper(keep_snapshot)
         self._leader = Leader(self._fleet, self._config, bucket_bytes, self._turns, self._keeper)

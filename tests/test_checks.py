@@ -23,12 +23,12 @@ def refused(match: str, **settings: Any) -> None:
     assert our_threads() == before and control.kinds == []
 
 
-@pytest.mark.parametrize("plane", ["nccl", "TCP", "", None, ("tcp",)])
+@pytest.mark.parametrize("plane", ["ucx", "TCP", "", None, ("tcp",)])
 def test_planes_are_those_that_there_are(plane: Any) -> None:
-    refused(r"plane=.*one of \['tcp', 'gloo', 'memory'\]", plane=plane)
+    refused(r"plane=.*one of \['tcp', 'gloo', 'nccl', 'memory'\]", plane=plane)
 
 
-@pytest.mark.parametrize("plane", ["tcp", "gloo", "memory"])
+@pytest.mark.parametrize("plane", ["tcp", "gloo", "nccl", "memory"])
 def test_each_plane_is_taken(plane: Any) -> None:
     FP8Sender([Server().control], plane=plane).close()
 
