@@ -146,7 +146,7 @@ def test_messages_decode_to_what_they_were() -> None:
         changed(OPEN_BYTES, bucket_bytes=True),
         changed(OPEN_BYTES, plan_hash=None),
         changed(OPEN_BYTES, rendezvous={**OPEN.rendezvous.model_dump(), "port": "29500"}),
-        changed(OPEN_BYTES, rendezvous={**OPEN.rendezvous.model_dump(), "plane": "nccl"}),
+        changed(OPEN_BYTES, rendezvous={**OPEN.rendezvous.model_dump(), "plane": "ucx"}),
         changed(OPEN_BYTES, rendezvous={**OPEN.rendezvous.model_dump(), "rank": 1}),
         OPEN_BYTES.replace(b'"session":"5e55",', b""),
         changed(OPEN_BYTES, kind="reopen"),
