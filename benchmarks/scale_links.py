@@ -6,6 +6,8 @@ one host. Links carry both directions at once, so bytes in and out do not add up
 - `broadcast`: the ranks' FP8 rows to trainer rank 0, and one broadcast of all of it to every server rank, in which each
   rank's NIC takes the whole model and passes it on.
 - `broadcast_to_hosts`: the same, but it enters each host once, and goes on from GPU to GPU inside it.
+- `broadcast_by_eight`: each of the eight ranks of rank 0's host gathers and broadcasts an eighth of the buckets so,
+  which enters every host by a NIC of its own.
 - `straight`: every trainer rank sends what it holds to every server rank that holds it too.
 - `relayed`: every trainer rank sends what it holds once, to the first rank of one server that holds it. That rank
   passes it on by NVLink to those of its host that hold the same, and by NIC to the same rank of the next server.
@@ -103,6 +105,20 @@ def broadcast_to_hosts(trainers: Trainers, server: Server, num_servers: int) -> 
     return Traffic(everything, far, everything, everything if num_servers > 1 else 0, max(near, inside))
 
 
+def broadcast_by_eight(trainers: Trainers, server: Server, num_servers: int) -> Traffic:
+    roots, num_ranks = trainers.held[:HOST_GPUS], len(server.held)
+    ways_in = min(len(roots), num_ranks)
+    out, far = _share(trainers.num_bytes, len(roots)), _share(sum(trainers.held[HOST_GPUS:]), len(roots))
+    entered = _share(trainers.num_bytes, ways_in)
+    near = _share(sum(roots) - min(roots), len(roots))
+    inside = trainers.num_bytes - trainers.num_bytes // ways_in if num_ranks > 1 else 0
+    return Traffic(out, far, entered, entered if num_servers > 1 else 0, max(near, inside))
+
+
+def _share(num_bytes: int, num_parts: int) -> int:
+    return -(-num_bytes // num_parts)
+
+
 def _gathered(trainers: Trainers) -> tuple[int, int]:
     """Bytes that come to rank 0 from its own host, and from others."""
     return sum(trainers.held[1:HOST_GPUS]), sum(trainers.held[HOST_GPUS:])
@@ -119,7 +135,7 @@ def relayed(trainers: Trainers, server: Server, num_servers: int) -> Traffic:
 
 
 Way = Callable[[Trainers, Server, int], Traffic]
-WAYS: tuple[Way, ...] = (broadcast, broadcast_to_hosts, straight, relayed)
+WAYS: tuple[Way, ...] = (broadcast, broadcast_to_hosts, broadcast_by_eight, straight, relayed)
 
 
 def rows_of(name: str, shape: tuple[int, ...], num_ranks: int) -> ShardedRows:

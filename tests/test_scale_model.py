@@ -14,6 +14,7 @@ from benchmarks.scale_links import (
     Traffic,
     Trainers,
     broadcast,
+    broadcast_by_eight,
     broadcast_to_hosts,
     relayed,
     rows_of,
@@ -72,6 +73,24 @@ def test_the_only_server_rank_passes_nothing_on() -> None:
 def test_a_broadcast_to_hosts_goes_on_by_nvlink(num_servers: int, passed_on: int) -> None:
     found = broadcast_to_hosts(TRAINERS, SERVER, num_servers)
     assert found == Traffic(1100, 108 + 109, server_in=1100, server_out=passed_on, nvlink=1100)
+
+
+@pytest.mark.parametrize(("num_servers", "passed_on"), [(1, 0), (3, 550)])
+def test_a_broadcast_by_eight_leaves_by_eight_nics(num_servers: int, passed_on: int) -> None:
+    """138 of 1100 bytes by each; they enter a server of two ranks by two NICs, and each of its GPUs lacks a half.
+
+    217 bytes of ranks on the other host are gathered by eight (28 each).
+    """
+    found = broadcast_by_eight(TRAINERS, SERVER, num_servers)
+    assert found == Traffic(138, 28, server_in=550, server_out=passed_on, nvlink=550)
+    alone = broadcast_by_eight(Trainers(1100, (1045,), (1045,)), Server((1045,), (1045,)), 1)
+    assert alone == Traffic(1100, 0, 1100, 0, 0)
+
+
+def test_eight_gather_by_nvlink_what_their_host_holds() -> None:
+    """The rank that holds 100 lacks an eighth of the 728 of the others."""
+    found = broadcast_by_eight(TRAINERS, Server((1045,), (1045,)), 1)
+    assert found == Traffic(138, 28, server_in=1100, server_out=0, nvlink=91)
 
 
 @pytest.mark.parametrize(("num_servers", "out"), [(1, 119), (3, 357)])
