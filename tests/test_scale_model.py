@@ -155,8 +155,8 @@ def test_slices_of_qwen3() -> None:
     served = LARGE[0][1]
     heads = slices("model.layers.0.self_attn.k_proj.weight", (512, 4096), served)
     assert heads == tuple(((128 * (rank // 2), 128 * (rank // 2) + 128), (0, 4096)) for rank in range(8))
-    down = slices("model.layers.0.mlp.experts.17.down_proj.weight", (4096, 1536), served)
-    assert down == (None, ((0, 4096), (0, 1536)), *[None] * 6)
+    down = slices("model.layers.0.mlp.experts.37.down_proj.weight", (4096, 1536), served)
+    assert down == (None, None, ((0, 4096), (0, 1536)), *[None] * 5)
     assert slices("model.norm.weight", (4096,), served) == (((0, 4096),),) * 8
     assert slices("lm_head.weight", (151936, 4096), served)[7] == ((132944, 151936), (0, 4096))
 
