@@ -10,11 +10,10 @@ and the time that the busiest link takes. Nothing is sent. What two GPUs have me
 from __future__ import annotations
 
 import argparse
-import gc
 import multiprocessing
-import resource
 import subprocess
 import time
+import tracemalloc
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -84,14 +83,14 @@ class Offered:
         shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
         buffers = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in shapes}
         cuts = checkpoint_cuts(model, {**shapes, **buffers})
-        began = time.perf_counter()
+        began = time.process_time()
         wanted = (
             _wanted(cut.name, cut.shape, "float32" if owner in buffers else "bfloat16")
             for owner, found in cuts.items()
             for cut in found
         )
         layout = make_layout(list(wanted))
-        return cls(case, shapes, cuts, layout, time.perf_counter() - began)
+        return cls(case, shapes, cuts, layout, time.process_time() - began)
 
     def rows(self, num_ranks: int) -> tuple[ShardedRows, ...]:
         """Of all parameters, each sharded over `num_ranks`."""
@@ -114,18 +113,20 @@ def _wanted(name: str, shape: tuple[int, ...], dtype: str) -> ManifestTensor:
 
 @dataclass(frozen=True)
 class Planned:
-    """`plan_rows` of one rank in a process of its own: seconds, and by how many bytes the process grew at its largest.
-    `chunk_bytes`: what every rank sends to rank 0 in a push; `num_bytes`: codes and scales of them; empty and 0 but on
-    rank 0. `num_maxima`: values of the all-reduce ahead of a push."""
+    """`plan_rows` of one rank in a process of its own: seconds of processor and, if traced, the most memory it took.
+
+    On rank 0 only: `chunk_bytes`, what every rank sends to rank 0 in a push, and `num_bytes`, codes and scales of them.
+    `num_maxima`: values of the all-reduce ahead of a push.
+    """
 
     seconds: float
-    grown_bytes: int
+    most_bytes: int
     chunk_bytes: tuple[int, ...]
     num_bytes: int
     num_maxima: int
 
 
-def plan(offered: Offered, num_ranks: int, rank: int = 0) -> Planned:
+def plan(offered: Offered, num_ranks: int, rank: int = 0, traced: bool = False) -> Planned:
     """Forked, so that tensors and names are there, and only the plan counts.
 
     Raises:
@@ -134,7 +135,7 @@ def plan(offered: Offered, num_ranks: int, rank: int = 0) -> Planned:
     """
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_plan, args=(offered, num_ranks, rank, theirs))
+    process = context.Process(target=_plan, args=(offered, num_ranks, rank, traced, theirs))
     process.start()
     theirs.close()
     if not ours.poll(LIMIT_S):
@@ -145,21 +146,19 @@ def plan(offered: Offered, num_ranks: int, rank: int = 0) -> Planned:
     return found
 
 
-def _plan(offered: Offered, num_ranks: int, rank: int, answer: Connection) -> None:
+def _plan(offered: Offered, num_ranks: int, rank: int, traced: bool, answer: Connection) -> None:
     sharding = offered.sharding(num_ranks)
-    gc.collect()
-    before, began = _largest_bytes(), time.perf_counter()
+    if traced:
+        tracemalloc.start()
+    began = time.process_time()
     rows = plan_rows(offered.layout, sharding, offered.cuts, rank, num_ranks)
-    seconds, grown = time.perf_counter() - began, _largest_bytes() - before
+    seconds, most = time.process_time() - began, tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
     sizes = [0] * num_ranks if rank == 0 else []
     for bucket in rows.buckets:
         for number, size in enumerate(bucket.chunk_bytes if bucket is not None else ()):
             sizes[number] += size
-    answer.send(Planned(seconds, grown, tuple(sizes), rows.num_bytes if rank == 0 else 0, rows.num_amax))
-
-
-def _largest_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    answer.send(Planned(seconds, most, tuple(sizes), rows.num_bytes if rank == 0 else 0, rows.num_amax))
 
 
 _PLANNING = (
@@ -193,7 +192,11 @@ def planning_table(offered: Offered, planned: Sequence[int]) -> Iterator[str]:
             continue
         leader, other = plan(offered, num_ranks), plan(offered, num_ranks, rank=1)
         most, mean = max(leader.chunk_bytes[1:]), sum(leader.chunk_bytes) / num_ranks
-        times = (f"{leader.seconds:.1f}", f"{leader.grown_bytes / 1e6:.0f}", f"{other.seconds:.1f}")
+        times = (
+            f"{leader.seconds:.1f}",
+            f"{plan(offered, num_ranks, traced=True).most_bytes / 1e6:.0f}",
+            f"{other.seconds:.1f}",
+        )
         yield _line([f"{num_ranks:,}", *times, gb(most), f"{most / mean:.2f}", f"{4 * leader.num_maxima / 1e6:.2f}"])
 
 
@@ -255,7 +258,7 @@ def report(planned: Sequence[int]) -> Iterator[str]:
         layout, server = offered.layout, server_of(offered.layout, served)
         where = "whole experts dealt out" if served.deals_out_experts else "experts cut in their intermediate dimension"
         yield f"\n## {case.name}\n"
-        yield f"{offered.num_parameters / 1e9:.1f} billion parameters; {len(layout.tensors):,} tensors, "
+        yield f"{offered.num_parameters / 1e9:.1f} billion parameters; {len(layout.tensors):,} tensors,"
         yield f"{gb(layout.num_bytes)} GB in {len(layout.buckets):,} buckets, laid out in {offered.layout_s:.1f} s."
         yield f"A server of TP {TP}: {where}; at most {gb(max(server.held))} GB on a rank, of which"
         yield f"{gb(max(_repeated(server)))} GB lie on a rank before it, too.\n"
