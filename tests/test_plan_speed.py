@@ -26,11 +26,15 @@ from sender import FP8BlockConfig
 from shared import coverage
 from shared.buckets import make_layout
 from shared.coverage import box_of, tiles, whole
-from shared.naming import pieces
+from shared.naming import pieces, scale_name, should_quantize_param
+from shared.numerics import scale_shape
 from shared.protocol import TensorSpec
 from tests.in_process import sglang_rank
 
 LIMIT_CPU_S = 2.0
+# On a processor on which SGLang's own loader takes longer than this for the same tensors, a plan may take a third more
+# than the loader. (Seen: 2.14 s and 2.48 s, on a machine on which no plan of any kind could keep to the limit.)
+LOADER_CPU_S = 1.5
 MOST_TRIES = 10  # the quickest counts: what else runs on the processor slows a try down, and nothing speeds one up
 CACHED = (box_of, coverage._extent, tiles, whole, scales._scale_view)
 LARGE = {
@@ -70,8 +74,9 @@ def test_planning_for_128_experts_in_48_layers(tmp_path: Path) -> None:
     assert len(tensors) == 18_867
     with sglang_rank(tmp_path) as rank:
         model = rank.build("meta")
+        limit_s = LIMIT_CPU_S * max(1.0, loading_s(model, tensors) / LOADER_CPU_S)
         took_s: list[float] = []
-        while len(took_s) < MOST_TRIES and min(took_s, default=LIMIT_CPU_S) >= LIMIT_CPU_S:
+        while len(took_s) < MOST_TRIES and min(took_s, default=limit_s) >= limit_s:
             for cached in CACHED:  # each try is a first one
                 cached.cache_clear()
             began = time.process_time()
@@ -79,7 +84,25 @@ def test_planning_for_128_experts_in_48_layers(tmp_path: Path) -> None:
             took_s.append(time.process_time() - began)
     assert len(manifest) == len(tensors)
     assert len(plan.copies) == len(tensors) + sum(tensor.quantized for tensor in manifest)
-    assert min(took_s) < LIMIT_CPU_S, took_s
+    assert min(took_s) < limit_s, (limit_s, took_s)
+
+
+def loading_s(model: Any, tensors: list[TensorSpec]) -> float:
+    """What the quickest of some loads of the same tensors by SGLang's own loader takes, in seconds of a processor."""
+    config, weights = FP8BlockConfig(), list[tuple[str, torch.Tensor]]()
+    for spec in tensors:
+        quantized = should_quantize_param(spec.name, spec.shape, config)
+        dtype = torch.float8_e4m3fn if quantized else torch.bfloat16
+        weights.append((spec.name, torch.empty(spec.shape, dtype=dtype, device="meta")))
+        if quantized:
+            scale = torch.empty(scale_shape(*spec.shape), dtype=torch.float32, device="meta")
+            weights.append((scale_name(spec.name), scale))
+    took_s = []
+    for _ in range(3):
+        began = time.process_time()
+        model.load_weights(iter(weights))
+        took_s.append(time.process_time() - began)
+    return min(took_s)
 
 
 def test_a_push_does_nothing_in_python_for_each_tensor(tmp_path: Path) -> None:
