@@ -38,6 +38,10 @@ class Drains(Protocol):
 
     num_replicas: int
 
+    @property
+    def busy(self) -> bool:
+        """Whether a request is under way."""
+
     def drained(self, in_flight: wire.Drain) -> Any:
         """An async context manager: no request runs and none is admitted inside it."""
 
@@ -121,6 +125,14 @@ class Door:
         return await self._failed("its door is not held for this version, or no longer; nothing was touched")
 
     async def commit(self, message: wire.Commit) -> wire.Reply:
+        """What is still on its way is waited for with the door open."""
+        while (reply := await self._commit(message)).still_coming:
+            staged = await self._staged(message)
+            if staged.error is not None:
+                return staged
+        return reply
+
+    async def _commit(self, message: wire.Commit) -> wire.Reply:
         """Of several replicas none commits before all have said that they can."""
         if message.held:
             async with self._committing:
@@ -131,8 +143,14 @@ class Door:
         if self._held is not None:
             return await self._failed(f"its door is held for version {self._held.version}; nothing was touched")
 
+        several = self._channel.num_replicas > 1
+        if message.digests is not None and (several or (self._channel.busy and message.in_flight != "keep")):
+            reply = await self._staged(message)  # no request has to end for a push that did not arrive
+            if reply.error is not None:
+                return reply
+
         async def commit(deadline: float) -> wire.Reply:
-            if self._channel.num_replicas > 1:
+            if several:
                 reply = await self._ask_until_idle(_prepare(message), deadline)
                 if reply.error is not None:
                     return reply
@@ -142,6 +160,15 @@ class Door:
             return await self._pass(message, commit)
         async with AsyncExitStack() as opening:
             return await self._shut(opening, message, message.in_flight, commit)
+
+    async def _staged(self, commit: wire.Commit) -> wire.Reply:
+        deadline = time.monotonic() + commit.drain_s
+        verify = wire.Verify(session=commit.session, version=commit.version, digests=commit.digests or ())
+        while (reply := await self._ask(verify)).error is None and reply.state == "RECEIVING":
+            if time.monotonic() > deadline:
+                return await self._failed(f"it was still receiving after {commit.drain_s:.0f} s; nothing was touched")
+            await asyncio.sleep(_DRAIN_POLL_S)
+        return reply
 
     async def hold(self, message: wire.Hold) -> wire.Reply:
         """Shut the door and keep it shut, if the schedulers say that they could commit."""
@@ -220,7 +247,8 @@ class Door:
             reply = await self._ask(_could_begin(message))
             return reply.error is not None and reply.error.kind == "SessionLostError"
         reply = await self._ask(wire.Describe())
-        at_work = reply.exclusive if exclusive else reply.state in ("STAGED", "PROMISED")
+        before = {"RECEIVING"} if isinstance(message, wire.Commit) and message.digests is not None else set()
+        at_work = reply.exclusive if exclusive else reply.state in {"STAGED", "PROMISED", *before}
         committed = reply.version >= message.version and reply.fence is None
         return reply.error is None and not at_work and not committed
 
@@ -314,4 +342,4 @@ def _prepare(message: wire.Commit | wire.Hold) -> wire.Prepare:
 
 
 def _still_running(reply: wire.Reply) -> bool:
-    return reply.error is not None and reply.error.kind == "ServerBusyError"
+    return reply.error is not None and reply.error.kind == "ServerBusyError" and not reply.still_coming

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from itertools import chain
+from operator import is_
 from typing import TypeVar
 
 import torch
@@ -46,3 +47,27 @@ def _once(named: Iterable[tuple[str, Item]]) -> dict[str, Item]:
 
 def _join(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix else name
+
+
+class Places:
+    """Where `tensors` of `model`, parameters and buffers, are held and lie. To ask takes a few passes in C."""
+
+    def __init__(self, model: nn.Module, tensors: Iterable[torch.Tensor]) -> None:
+        self._tensors = list(tensors)
+        wanted = set(map(id, self._tensors))
+        self._mappings: list[dict[str, object]] = []
+        self._keys: list[str] = []
+        self._items: list[object] = []
+        for module in model.modules():
+            for mapping in (module._modules, module._parameters, module._buffers):
+                for key, item in mapping.items():
+                    if isinstance(item, nn.Module) or id(item) in wanted:
+                        self._mappings.append(mapping)  # type: ignore[arg-type]
+                        self._keys.append(key)
+                        self._items.append(item)
+        self._addresses = list(map(torch.Tensor.data_ptr, self._tensors))
+
+    def hold(self) -> bool:
+        """Whether the model still has all of them, at the same addresses."""
+        found = map(dict.get, self._mappings, self._keys)
+        return all(map(is_, found, self._items)) and self._addresses == list(map(torch.Tensor.data_ptr, self._tensors))

@@ -40,6 +40,10 @@ class Channel(Protocol):
 
     num_replicas: int
 
+    @property
+    def busy(self) -> bool:
+        """Whether a request is under way."""
+
     async def ask(self, message: Any) -> tuple[wire.Reply, ...]:
         """One control message to every rank; the answers of all replicas, in order.
 

@@ -7,20 +7,26 @@ copies of a push, so it is done again only after something was set, added or tak
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import is_dataclass
+from itertools import chain
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 _PARTS_OF_METHODS = ("quant_config", "runner")
 _DEPTH = 4  # of containers in containers
 _HOOKS = frozenset(vars(nn.Module())) - {"_parameters", "_buffers", "_modules"}  # torch's own; they hold no tensors
+_PLACE = (Tensor.data_ptr, Tensor.size, Tensor.stride, attrgetter("dtype"))
 
 
 class Makeup:
     """All that a look at `model` reads: attributes of modules, of their parameters and quantization methods, what lies
     in lists, dicts and dataclasses of these, and the type and place of tensors.
+
+    It holds on to all of these objects, so that none of their numbers is given to another one.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -37,11 +43,17 @@ class Makeup:
             method = getattr(module, "quant_method", None)
             for part in (method, *(getattr(method, name, None) for name in _PARTS_OF_METHODS)):
                 self._watch(getattr(part, "__dict__", None), seen)
-        self._then = self._now()
+        self._names, self._objects, self._places = self._names_now(), self._objects_now(), self._places_now()
 
     def holds(self) -> bool:
-        """Whether nothing has been changed."""
-        return self._then == self._now()
+        """Whether nothing has been changed. A few passes in C over some ten thousand objects."""
+        objects = self._objects_now()
+        return (
+            len(objects) == len(self._objects)
+            and all(map(is_, objects, self._objects))
+            and self._names_now() == self._names
+            and self._places_now() == self._places
+        )
 
     def _watch(self, value: Any, seen: set[int], depth: int = 0) -> None:
         if id(value) in seen or depth > _DEPTH:
@@ -64,13 +76,12 @@ class Makeup:
         for item in items:
             self._watch(item, seen, depth + 1)
 
-    def _now(self) -> list[Any]:
-        found: list[Any] = []
-        for mapping in self._mappings:
-            found.extend(mapping)
-            found.extend(map(id, mapping.values()))
-        for sequence in self._sequences:
-            found.extend(map(id, sequence))
-        for tensor in self._tensors:
-            found += (tensor.dtype, tensor.data_ptr(), tensor.numel(), tensor.stride())
-        return found
+    def _names_now(self) -> list[Any]:
+        return list(chain.from_iterable(self._mappings))
+
+    def _objects_now(self) -> list[Any]:
+        mapped: Iterable[Any] = chain.from_iterable(map(dict.values, self._mappings))
+        return list(chain(mapped, chain.from_iterable(self._sequences)))
+
+    def _places_now(self) -> list[list[Any]]:
+        return [list(map(fact, self._tensors)) for fact in _PLACE]

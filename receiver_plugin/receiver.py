@@ -29,7 +29,7 @@ from receiver_plugin.manifest import plan_offer
 from receiver_plugin.probe import fingerprint
 from receiver_plugin.ranks import Ranks, RanksLostError, collect, gather, to_wire
 from receiver_plugin.rooms import Need
-from receiver_plugin.session import Session
+from receiver_plugin.session import Session, Transfer
 from receiver_plugin.sessions import Sessions
 from receiver_plugin.staging import Staging
 from shared import protocol as wire
@@ -46,6 +46,8 @@ from shared.errors import (
 from shared.planes import ReceiveHalf, open_receiver
 
 logger = logging.getLogger(__name__)
+
+_LAST_BUCKET_S = 0.02  # between its arrival here and its place in the staging
 
 
 class Receiver:
@@ -216,20 +218,26 @@ class Receiver:
         transfer = self._sessions.of(message.session).transfer_of(message.version)
         if not all(gather(self._ranks, transfer.done.is_set())):
             return {}  # still RECEIVING: the sender asks again
-        collect(self._ranks, lambda: transfer.verify(message.digests))
-        transfer.verified = True  # STAGED is a word about all ranks
+        self._stage(transfer, message.digests)
         return {}
 
-    def _prepare(self, message: wire.Prepare | wire.Hold | wire.Commit) -> dict[str, Any]:
+    def _stage(self, transfer: Transfer, digests: tuple[int, ...]) -> None:
+        collect(self._ranks, lambda: transfer.verify(digests))
+        transfer.verified = True  # STAGED is a word about all ranks
+
+    def _prepare(self, message: wire.Prepare | wire.Hold) -> dict[str, Any]:
         session = self._sessions.of(message.session)
         idle = message.idle if isinstance(message, wire.Prepare) else True
-        if not isinstance(message, wire.Commit) and message.before == "begin":
+        if message.before == "begin":
             self._prepare_to_begin(session, message.version, idle)
             return {}
         transfer = session.transfer_of(message.version)
-        collect(self._ranks, lambda: self._ready_to_commit(session, transfer, message.in_flight, idle))
-        if isinstance(message, wire.Commit):
-            return {}
+
+        def check() -> None:
+            self._check_safe()
+            self._ready_to_commit(session, transfer, message.in_flight, idle)
+
+        collect(self._ranks, check)
         if message.promise:
             transfer.promise(message.hold_s)
         else:
@@ -245,7 +253,12 @@ class Receiver:
 
     def _commit(self, message: wire.Commit) -> dict[str, Any]:
         session = self._sessions.of(message.session)
-        self._prepare(message)
+        transfer = session.transfer_of(message.version)
+        if message.digests is not None and not transfer.verified:
+            if not all(gather(self._ranks, transfer.done.wait(_LAST_BUCKET_S))):
+                raise ServerBusyError(f"version {message.version} is still on its way; nothing was touched")
+            self._stage(transfer, message.digests)
+        collect(self._ranks, lambda: self._ready_to_commit(session, transfer, message.in_flight, idle=True))
         self._fence = f"version {message.version} was copied in part only"  # until every rank says otherwise
         try:
             if message.in_flight == "keep":
@@ -262,8 +275,7 @@ class Receiver:
         self._version, self._fence = message.version, None
         return {}
 
-    def _ready_to_commit(self, session: Session, transfer: Any, in_flight: wire.InFlight, idle: bool) -> None:
-        self._check_safe()
+    def _ready_to_commit(self, session: Session, transfer: Transfer, in_flight: wire.InFlight, idle: bool) -> None:
         self._check_incarnation(self._planned_for)
         if not transfer.verified:
             raise CommitError(f"version {transfer.version} is not staged; nothing was touched")
@@ -285,6 +297,7 @@ class Receiver:
         with torch.inference_mode():
             staging.commit()
             self._engine.derived.refresh(staging.plan.calls)
+        self._check_safe()  # while a GPU copies: it takes about as long, and requests stand still
         self._engine.synchronize()
 
     def _abort(self, message: wire.Abort) -> dict[str, Any]:

@@ -49,6 +49,10 @@ class SchedulerChannel:
         self._complete = asyncio.Event()
         tokenizer_manager._result_dispatcher += TypeBasedDispatcher([(Fp8SyncReqOutput, self._take)])
 
+    @property
+    def busy(self) -> bool:
+        return bool(self._manager.model_update_lock._readers)  # every request is one of them while it runs
+
     async def ask(self, message: Any) -> tuple[wire.Reply, ...]:
         self._manager.auto_create_handle_loop()
         replicas, answers = range(self.num_replicas), dict[int, str]()

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from receiver_plugin.binding import BindingPlan
-from receiver_plugin.held import destinations
+from receiver_plugin.held import Places, destinations
 from receiver_plugin.recorder import Copy
 from receiver_plugin.rooms import Need, Room, aligned, num_at_once, own_room
 from receiver_plugin.windows import View
@@ -78,6 +78,7 @@ class Staging:
             {name: [Piece(0, p)] for name, p in live.items()} if self._in_place else _place(live, self.room.buffers)
         )
         self._targets = {name: _Target(p, p.data_ptr(), places[name]) for name, p in live.items()}
+        self._places = Places(model, (parameters[name] for name in live))
         if not self._in_place:
             self._fill()
         self._scatter = self._resolve(plan.copies)
@@ -154,6 +155,8 @@ class Staging:
 
     def check_addresses(self) -> str | None:
         """The name of a parameter that no longer lies where it was when the plan was made, or None."""
+        if self._places.hold():
+            return None
         now = destinations(self._model)
         return next((n for n, t in self._targets.items() if n not in now or now[n].data_ptr() != t.data_ptr), None)
 

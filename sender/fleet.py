@@ -11,6 +11,8 @@ import secrets
 import socket
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
 
 import torch
 
@@ -30,6 +32,7 @@ from shared.errors import (
     Fp8SyncError,
     PushError,
     ReceiveError,
+    ServerUnreachableError,
     SessionLostError,
     StaleVersionError,
     TransferError,
@@ -82,6 +85,8 @@ class Fleet:
         self._blame = Blame(self._servers)
         self._closed = False
         self._version = self._newest = 0
+        self._early: Future[None] | None = None  # the beginning of this push
+        self._begun = False
         self._digests: list[int] = []
         self._waiting: tuple[torch.Tensor, Callable[[], int]] | None = None  # a bucket, with its digest
         self._transaction: Transaction | None = None
@@ -143,12 +148,22 @@ class Fleet:
 
     # Once
 
-    def survey(self) -> tuple[bool, int]:
-        """Whether the servers are still those of the open session, and the newest version seen on any of them."""
-        if self._closed:
-            raise ConfigError("this sender was closed: make a new one")
-        self._version, self._transaction = 0, None
-        self._blame.forget()
+    def survey(self, ask: bool = True) -> tuple[bool, int]:
+        """Whether the servers are still those of the open session, and the newest version seen on any of them.
+
+        `ask`: unless `begin_early` did. If not, a session that is open counts as theirs, and `begin` finds out.
+        """
+        early, self._early = self._early, None
+        lost = None
+        if early is not None:
+            try:
+                early.result()
+                return True, self._newest
+            except (SessionLostError, ServerUnreachableError) as error:
+                lost = error  # a server that has started again is a new one, and no loss
+        self._forget_push()
+        if not ask and self.is_open:
+            return True, self._newest
         replies, failed = self._servers.try_each(wire.Describe(), self._servers.answer_s)
         for name, reply in replies.items():
             try:
@@ -159,10 +174,18 @@ class Fleet:
         infos = {name: replies[name].info for name in self._servers.names}
         now = {name: info.incarnation for name, info in infos.items() if info is not None}
         known = self._plane is not None and now == self._incarnations
+        if known and lost is not None:
+            raise lost
         self._incarnations = now
         self._num_ranks = [info.num_ranks for info in infos.values() if info is not None]
         self._newest = max(self._newest, *(reply.version for reply in replies.values()))
         return known, self._newest
+
+    def _forget_push(self) -> None:
+        if self._closed:
+            raise ConfigError("this sender was closed: make a new one")
+        self._version, self._transaction, self._begun = 0, None, False
+        self._blame.forget()
 
     def plan(self, offered: tuple[wire.TensorSpec, ...], bucket_bytes: int) -> PushPlan:
         """Offer the tensors, check the manifests, open session and data plane. Nothing of a model is touched."""
@@ -214,8 +237,30 @@ class Fleet:
 
     # Every push
 
+    @property
+    def is_open(self) -> bool:
+        """Whether there is a session of all servers, as far as it is known here."""
+        return self._plane is not None and self._in_session == set(self.names)
+
+    @property
+    def newest(self) -> int:
+        """The newest version that was seen on any of the servers."""
+        return self._newest
+
+    def begin_early(self, version: int) -> None:
+        """`begin`, if a session is open, on a thread of its own; `survey` waits for it."""
+        self._forget_push()
+        if self.is_open:
+            self._early = self._servers.on_a_thread(lambda: self.begin(version))
+
     def begin(self, version: int) -> None:
-        """From here on every server receives. Those that stage where requests run are drained first, and stay shut."""
+        """From here on every server receives. Those that stage where requests run are drained first, and stay shut.
+
+        Nothing, where this push has begun.
+        """
+        if self._begun:
+            assert version == self._version
+            return
         if not 0 <= version <= wire.MOST_VERSION:
             raise StaleVersionError(f"{version} is no version: they are whole numbers from 0 to {wire.MOST_VERSION}")
         self._version, self._digests, self._waiting = version, [], None
@@ -225,6 +270,7 @@ class Fleet:
             raise next(iter(failed.values()))
         begin = wire.Begin(session=self._session, version=version, deadline_s=self._timeout_s)
         self._servers.each_its_own([begin.model_copy(update={"held": name in held}) for name in self.names])
+        self._begun = True
 
     def send(self, bucket: torch.Tensor, index: int) -> None:
         """Send flat uint8 `bucket`. From a GPU it leaves with the next call of this, or of `verify`, so that nobody
@@ -263,9 +309,14 @@ class Fleet:
         raise ReceiveError(str(own))  # anew: the failure of the plane has frames that hold it
 
     def verify(self) -> None:
-        """Return when every rank of every server holds every byte as it was sent, or of every server that is left."""
+        """Return when every rank of every server holds every byte as it was sent, or of every server that is left.
+
+        A single server is not asked: its commit looks first, and nobody else has to hear of it.
+        """
         self._send_waiting()
         self._with_blame(lambda plane: plane.flush())
+        if len(self._servers) == 1:
+            return
         deadline, pause = time.monotonic() + self._timeout_s, _POLL_S
         message = self._question()
         while True:
@@ -296,7 +347,7 @@ class Fleet:
         self._transaction = Transaction(
             self._servers, self._doors, self._session, self._version, self._timeout_s, self._in_flight, self._strict
         )
-        skew_s = self._transaction.commit()
+        skew_s = self._transaction.commit(tuple(self._digests) if len(self._servers) == 1 else None)
         self._newest = self._version
         return skew_s
 
@@ -323,6 +374,10 @@ class Fleet:
     def fail(self, reason: BaseException) -> None:
         """After any failure: every server forgets the push, and the next push opens a new session."""
         self._waiting = None
+        if self._early is not None:  # what a server is told last has to be that the push has failed
+            with suppress(Fp8SyncError):
+                self._early.result()
+            self._early = None
         which = f" of version {self._version}" if self._version else ""
         logger.warning("fp8sync: push%s failed: %s", which, str(reason).splitlines()[0] if str(reason) else reason)
         if self._session:
@@ -340,9 +395,10 @@ class Fleet:
         if self._servers.left_out.keys() & self._in_session:
             self.close_session("a server was left out, which has a part in the data plane of all")
         self._servers.forget_left_out()
-        self._tried_again = False
+        self._tried_again = self._begun = False
 
     def close_session(self, reason: str) -> None:
+        self._begun = False
         if self._plane is None and not self._session:
             return
         logger.debug("fp8sync: closing session: %s", reason)

@@ -31,10 +31,16 @@ class Leader:
         self._newest = self._version = 0
         self._skew_s = 0.0
 
-    def plan(self, source: WeightSource, planned: PushPlan | None) -> str:
-        """The plan as text, "" if `planned` still holds."""
+    def begin_early(self, version: int | None) -> None:
+        """Servers that are known hear of the push while the model is looked at."""
         self._turns.begin_push()
-        still_open, self._newest = self._fleet.survey()
+        self._keeper.begin()
+        self._fleet.begin_early(self._fleet.newest + 1 if version is None else version)
+
+    def plan(self, source: WeightSource, planned: PushPlan | None, ask: bool) -> str:
+        """The plan as text, "" if `planned` still holds. `ask`: the servers; else `begin` finds out whether it does."""
+        self._turns.begin_push()
+        still_open, self._newest = self._fleet.survey(ask)
         if planned is not None and still_open and planned.offered == source.tensors:
             return ""
         self._packer = None
@@ -42,7 +48,7 @@ class Leader:
 
     def plan_again(self, plan: PushPlan) -> None:
         """For what is quantized already. Raises: SessionLostError: the servers that are left want something else."""
-        self._fleet.survey()
+        _, self._newest = self._fleet.survey()
         if self._fleet.plan(plan.offered, self._bucket_bytes).layout.plan_hash != plan.layout.plan_hash:
             raise SessionLostError("the servers want other tensors than before: push again")
 
@@ -50,6 +56,14 @@ class Leader:
         self._keeper.begin()
         self._version = self._newest + 1 if version is None else version
         self._fleet.begin(self._version)
+
+    def begin_or_plan_again(self, plan: PushPlan, version: int | None) -> None:
+        """`begin`, for what is quantized already and was planned without asking. Raises: as `plan_again`."""
+        try:
+            self.begin(version)
+        except SessionLostError:
+            self.plan_again(plan)
+            self.begin(version)
 
     def rehearse(self, plan: PushPlan, bucket: Bucket, gathered: Gathered) -> None:
         """A push without servers: memory is taken, kernels are compiled and their tables made."""

@@ -123,7 +123,7 @@ class FP8Sender:
         """Collective. Plan, connect and quantize now, so that the first push is like the others. Optional."""
         with self._ending_its_turn():
             clock = PhaseClock()
-            source, plan, lead = self._meet_and_plan("prepare", lambda: self._sources.of(model), clock)
+            source, plan, lead = self._meet_and_plan("prepare", lambda: self._sources.of(model), clock, ask=True)
             for bucket, gathered in self._gathered(source, plan, clock):
                 lead.run(self._leader.rehearse, plan, bucket, gathered)
             source.release()
@@ -230,7 +230,7 @@ class FP8Sender:
     def _push_to_those_left(
         self, make_source: Callable[[], WeightSource], version: int | None, clock: PhaseClock
     ) -> PushReport:
-        source, plan, lead = self._meet_and_plan("push", make_source, clock)
+        source, plan, lead = self._meet_and_plan("push", make_source, clock, lambda: self._leader.begin_early(version))
         with clock.phase("plan"):
             lead.run(self._leader.begin, version)
         for bucket, gathered in self._gathered(source, plan, clock):
@@ -265,7 +265,7 @@ class FP8Sender:
         """The rest of `push_async`, on a thread of its own. It tries again without a word to the other ranks."""
         lead.run(self._leader.check_finite)
         while True:
-            lead.run(self._leader.begin, version)
+            lead.run(self._leader.begin_or_plan_again, plan, version)
             for index, packed in enumerate(snapshot):
                 with clock.phase("send"):
                     lead.run(self._leader.send, packed, index)
@@ -284,13 +284,22 @@ class FP8Sender:
         return self._ranks.meet(what, self._planned.layout.plan_hash if self._planned is not None else "")
 
     def _meet_and_plan(
-        self, what: str, make_source: Callable[[], WeightSource], clock: PhaseClock
+        self,
+        what: str,
+        make_source: Callable[[], WeightSource],
+        clock: PhaseClock,
+        first: Callable[[], None] | None = None,
+        ask: bool = False,
     ) -> tuple[WeightSource, PushPlan, Lead]:
+        """`first`: what rank 0 does once all ranks are there."""
         while True:
             same_plan = self._meet(what)
-            lead, source = Lead(self._ranks), make_source()
+            lead = Lead(self._ranks)
             with suppress(TryAgain), clock.phase("plan"):
-                return source, self._plan(source, lead, same_plan), lead
+                if first is not None:
+                    lead.run(first)
+                source = make_source()
+                return source, self._plan(source, lead, same_plan, ask or first is not None), lead
 
     @contextmanager
     def _ending_its_turn(self) -> Iterator[None]:
@@ -313,10 +322,10 @@ class FP8Sender:
                 self._fail(error)
             raise
 
-    def _plan(self, source: WeightSource, lead: Lead, same_plan: bool) -> PushPlan:
+    def _plan(self, source: WeightSource, lead: Lead, same_plan: bool, ask: bool) -> PushPlan:
         """The plan of the last push if it still holds, else a new one; rank 0 decides for all ranks."""
         lead.agree("how the model is sharded", source.sharding.text)
-        found = lead.run(self._leader.plan, source, self._planned if same_plan else None)
+        found = lead.run(self._leader.plan, source, self._planned if same_plan else None, ask)
         try:
             text = lead.finish(found, self._patience_s, self._fail, self._fleet.leave_out_the_guilty)
         except (Fp8SyncError, TryAgain):

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from packaging.version import InvalidVersion, Version
@@ -109,6 +109,10 @@ class Servers:
         if failed:
             raise next(iter(failed.values()))
         return replies
+
+    def on_a_thread(self, ask: Callable[[], None]) -> Future[None]:
+        """`ask`, which asks servers, beside what the caller does. No other question may come before its end."""
+        return self._pool.submit(ask)
 
     def try_each(
         self,

@@ -41,13 +41,15 @@ class Transaction:
         self._timeout_s, self._in_flight, self._strict = timeout_s, in_flight, strict
         self.decided = False
 
-    def commit(self) -> float:
+    def commit(self, digests: tuple[int, ...] | None = None) -> float:
         """Publish; the seconds between the first and the last server that said so, as seen from here.
+
+        `digests`: of all buckets, for a single server that was not asked yet whether it is STAGED.
 
         Raises: CommitError: names the servers that committed and those that did not.
         """
         left_out = self._promise()
-        skew_s = self._publish()
+        skew_s = self._publish(digests)
         # Not where it failed: there `Abort` goes first, because a door that opens before it breaks a promise.
         self._doors.release(self._session, self._version)
         self._servers.tell(self.abort("left out", fence=False), left_out, insist=True)  # a promise may stand there
@@ -76,9 +78,13 @@ class Transaction:
         logger.debug("fp8sync: decided: %s take version %d", self._servers.names, self._version)
         return failed
 
-    def _publish(self) -> float:
+    def _publish(self, digests: tuple[int, ...] | None) -> float:
         commit = wire.Commit(
-            session=self._session, version=self._version, drain_s=self._timeout_s, in_flight=self._in_flight
+            session=self._session,
+            version=self._version,
+            drain_s=self._timeout_s,
+            in_flight=self._in_flight,
+            digests=digests,
         )
         commits = [commit.model_copy(update={"held": self._doors.is_shut(name)}) for name in self._servers.names]
         self.decided = True  # whatever interrupts this from here on: some may have committed

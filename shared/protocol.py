@@ -30,7 +30,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from shared.config import MOST_TENSORS, FP8BlockConfig, Name, WireModel
 from shared.errors import ConfigError, IncompatibleServerError
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 MIN_SGLANG_VERSION = "0.5.16"
 CONTROL_PATH, INFO_PATH = "/fp8sync/control", "/fp8sync/info"
 LONGEST_DEADLINE_S = 24 * 3600.0
@@ -59,6 +59,7 @@ MOST_VERSION = (1 << 62) - 1
 Version = Annotated[int, Field(ge=0, le=MOST_VERSION)]
 NumRanks = Annotated[int, Field(ge=1, le=1 << 16)]
 Digest = Annotated[int, Field(ge=0, lt=1 << 64)]
+Digests = Annotated[tuple[Digest, ...], Field(max_length=MOST_TENSORS)]
 Secret = Annotated[str, Field(pattern="^[0-9a-f]{64}$", repr=False)]
 
 
@@ -129,11 +130,14 @@ class Verify(WireModel):
     kind: Literal["verify"] = "verify"
     session: Word
     version: Version
-    digests: Annotated[tuple[Digest, ...], Field(max_length=MOST_TENSORS)]
+    digests: Digests
 
 
 class Commit(WireModel):
-    """`held`: a Hold went before, so that no request runs already; without it the commit drains by `in_flight`."""
+    """`held`: a Hold went before, so that no request runs already; without it the commit drains by `in_flight`.
+
+    `digests`: as of a Verify that did not go before.
+    """
 
     kind: Literal["commit"] = "commit"
     session: Word
@@ -141,6 +145,7 @@ class Commit(WireModel):
     drain_s: Seconds
     in_flight: InFlight = "wait"
     held: bool = False
+    digests: Digests | None = None
 
 
 class Hold(WireModel):
@@ -251,6 +256,11 @@ class Reply(WireModel):
     plan_hash: str | None = None
     staging: StagingWay | None = None
     probe: tuple[dict[str, str], ...] | None = None
+
+    @property
+    def still_coming(self) -> bool:
+        """Whether a commit has to wait for bytes of its push."""
+        return self.error is not None and self.error.kind == "ServerBusyError" and self.state == "RECEIVING"
 
 
 _MESSAGE: TypeAdapter[Any] = TypeAdapter(ControlMessage)

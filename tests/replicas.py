@@ -33,7 +33,7 @@ class Replicas:
     return an error in place of the replica's answer.
     """
 
-    num_replicas = 2
+    num_replicas, busy = 2, False
 
     def __init__(self, fence: str | None = None) -> None:
         self.models, self.engines = [Served(), Served()], [FakeEngine(), FakeEngine()]

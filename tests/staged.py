@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import torch
 
 from sender import FP8Sender
@@ -19,4 +21,6 @@ def staged(control: ControlClient, version: int = 1, timeout_s: float = 30.0) ->
     for bucket in plan.layout.buckets:
         fleet.send(torch.ones(bucket.num_bytes, dtype=torch.uint8), bucket.index)
     fleet.verify()
+    while control.call(fleet._question(), timeout_s).state != "STAGED":  # a single server hears no Verify
+        time.sleep(0.002)
     return sender, fleet._session

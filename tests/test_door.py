@@ -24,7 +24,7 @@ HOLD = protocol.Hold(session="s", version=4, drain_s=5.0, hold_s=5.0, in_flight=
 class Schedulers:
     """What lies behind a door: notes what happens, and refuses what `refused` names."""
 
-    num_replicas = 1
+    num_replicas, busy = 1, False
 
     def __init__(self) -> None:
         self.events: list[str] = []

@@ -40,7 +40,7 @@ COMMIT = protocol.Commit(session="s", version=4, drain_s=5.0)
 class FakeChannel:
     """The schedulers of one replica. `on_message` is what a message meets: an error to answer with, or one raised."""
 
-    num_replicas = 1
+    num_replicas, busy = 1, False
 
     def __init__(self, fence: str | None = None) -> None:
         self.fence, self.version = fence, 0
@@ -281,7 +281,7 @@ def test_a_held_door_opens_after_the_fence_is_known() -> None:
         b'{"kind":"close"}',
         b'{"kind":"close","session":"s","extra":1}',
         b'{"kind":"close","session":7}',
-        b'{"kind":"describe","protocol":4}',
+        b'{"kind":"describe","protocol":5}',
     ],
 )
 def test_what_is_no_message_goes_nowhere(body: bytes) -> None:

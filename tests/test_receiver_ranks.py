@@ -223,7 +223,7 @@ def test_another_route_changes_the_weights_while_staged(server: TwoRanks, sender
         receiver.weights_changed("update_weights_from_disk")
     assert server.handle(protocol.Describe()).fence == "its weights were changed by update_weights_from_disk"
     with pytest.raises(errors.TransferError, match="changed by update_weights_from_disk"):
-        sender._fleet.verify()
+        sender._fleet.commit()
     sender._fleet.fail(RuntimeError("the test is over"))
     assert_heals(server, sender)
 

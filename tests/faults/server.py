@@ -177,7 +177,7 @@ class Server:
 class Channel:
     """From the HTTP side to the ranks, one message at a time (`receiver_plugin.http.Channel`)."""
 
-    num_replicas = 1
+    num_replicas, busy = 1, False
 
     def __init__(self, server: Server) -> None:
         self._server, self._one_at_a_time = server, threading.Lock()
