@@ -63,7 +63,8 @@ class Round:
 
 
 class Load(BaseModel):
-    """Streams of one mode beside pushes. `lost`: tokens that each later push cost, of the `usual` number in that time.
+    """Streams of one mode beside pushes. `lost`: tokens that each later push cost, of the number that came in that time
+    in each round without one.
 
     `normal_s`: the median of all gaps without a push. The longest gap of any stream: near the first push, near the
     later ones, and in the same time without one. Tokens a second: of later pushes until their commit, and without one.
@@ -76,7 +77,7 @@ class Load(BaseModel):
     longest_s: float
     longest_quiet_s: float
     lost: list[float]
-    usual: float
+    quiet_tokens: list[int]
     receiving_rate: float
     quiet_rate: float
 
@@ -103,7 +104,7 @@ def compare_rounds(in_flight: str, pushed: Sequence[tuple[Round, Times]], quiet:
         longest_s=max(max(round_.gaps(push.around)) for round_, push in later),
         longest_quiet_s=max(steps),
         lost=[most - round_.tokens(push.around) for most, (round_, push) in zip(usual, later, strict=True)],
-        usual=statistics.mean(usual),
+        quiet_tokens=[other.tokens(span) for other, span in without],
         receiving_rate=sum(round_.tokens((push.began, push.committing)) for round_, push in later) / receiving_s,
         quiet_rate=sum(other.tokens(span) for other, span in without) / quiet_s,
     )

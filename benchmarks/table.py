@@ -103,13 +103,17 @@ def _phase(row: Row, phase: str) -> float | None:
 
 
 def _load_cells(way: str, load: Load) -> list[str]:
-    lost = f"{statistics.median(load.lost):.0f} ({min(load.lost):.0f} to {max(load.lost):.0f})"
+    lost, of = _range(statistics.median(load.lost), load.lost), load.quiet_tokens
     return [
         *(way, str(load.num_streams), _ms(load.normal_s), _ms(load.longest_s), _ms(load.longest_s - load.normal_s)),
-        *(_ms(load.longest_first_s), _ms(load.longest_quiet_s), lost, f"{load.usual:.0f}"),
+        *(_ms(load.longest_first_s), _ms(load.longest_quiet_s), lost, _range(statistics.mean(of), of)),
         *(f"{load.receiving_rate:.0f}", f"{load.quiet_rate:.0f}"),
         f"{100 * (1 - load.receiving_rate / load.quiet_rate):.0f}%",
     ]
+
+
+def _range(middle: float, values: Sequence[float]) -> str:
+    return f"{middle:.0f} ({min(values):.0f} to {max(values):.0f})"
 
 
 def _head(columns: Sequence[str]) -> list[str]:

@@ -47,7 +47,7 @@ def test_what_pushes_cost() -> None:
     assert (found.num_streams, found.in_flight) == (2, "keep")
     assert found.longest_first_s == 3.0 and found.longest_s == 3.0 and found.longest_quiet_s == 0.5
     assert compare_rounds("keep", [(first, push), (later, push)], quiet).longest_s == 1.0
-    assert found.usual == 30.0 and found.lost == [30.0 - 37.0, 30.0 - 29.0]  # of 40 and 20 in 5 s
+    assert found.quiet_tokens == [40, 20] * 2 and found.lost == [30.0 - 37.0, 30.0 - 29.0]
     assert found.quiet_rate == 6.0 and found.normal_s == 0.25
     assert found.receiving_rate == (4 + 3) / 1.5  # in 0.75 s each: 3 and 1, then 0 and 3
     for pushed, without in (([(first, push)], quiet), ([(first, push)] * 2, [])):
@@ -73,7 +73,7 @@ def test_load_has_a_table_of_its_own() -> None:
         longest_s=0.027,
         longest_quiet_s=0.009,
         lost=[30.0, -2.0, 10.0],
-        usual=4571.4,
+        quiet_tokens=[4570, 4573, 4560],
         receiving_rate=900.0,
         quiet_rate=1200.0,
     )
@@ -83,8 +83,8 @@ def test_load_has_a_table_of_its_own() -> None:
     assert lines[3] == "" and len(lines) == 7
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[4:]]
     assert cells[2] == [
-        *("push, keep, 8 streams", "8", "7.0", "27.0", "20.0", "250", "9.0", "10 (-2 to 30)", "4571", "900", "1200"),
-        "25%",
+        *("push, keep, 8 streams", "8", "7.0", "27.0", "20.0", "250", "9.0", "10 (-2 to 30)"),
+        *("4568 (4560 to 4573)", "900", "1200", "25%"),
     ]
     assert len(cells[0]) == len(cells[2]) and "longest gap: 27.0" in str(row)
     assert len(table([Row(way="x", num_bytes=1, pushes=pushed)], None).splitlines()) == 3
