@@ -9,7 +9,7 @@
     graph       no push, a proof: what is generated follows the weights of three pushes, in captured CUDA graphs
     under load  pushes while so many requests generate (`--load 1 8 64 --in-flight keep retract`); a second table has
                 the gaps between tokens, the tokens that a push costs from 2 s before it to 2 s after it, and the rate
-                until the commit
+                until the commit; `wait` lets requests of `--load-tokens` end first
     flattened   the same bytes as one flattened tensor a bucket of 1 GiB, quantized by the kernels of a push
     one by one  FP8 tensors in buckets of 1 GiB, quantized and broadcast tensor by tensor, as the pull request has it
     BF16        the trainer's tensors one by one, to a server that serves BF16 (`--bf16`)
