@@ -157,6 +157,8 @@ def main(rank: int, job: Job) -> None:
     if rank == 0:
         job.found.write_text(row.model_dump_json())
     dist.barrier()
+    if rank == 0:
+        time.sleep(1.0)  # the other one may still be in the barrier, and in need of this end
 
 
 if __name__ == "__main__":

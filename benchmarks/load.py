@@ -28,7 +28,7 @@ def load_row(
     """The first push and `num_pushes` more, each in a round of `num_streams` requests of `new_tokens`."""
     if (most := kv_tokens(server)) < num_streams * new_tokens:
         raise RuntimeError(f"{most} tokens of KV cache are too few for {num_streams} requests of {new_tokens}")
-    pushes, rounds, longest_s = [], [], 0.0
+    pushes, rounds, longest_s = [], [], 0.0  # of the rounds
     with way.sender(server.url, config) as sender, Streams(server.url, num_streams, new_tokens) as streams:
         sender.prepare(trainer.model)
         for number in range(1 + num_pushes):
@@ -40,11 +40,11 @@ def load_row(
             time.sleep(MARGIN_S)
             rounds.append((_round(streams, began), _times(ended, pushed.total_s, report.seconds["commit"])))
             pushes.append(pushed.model_copy(update={"phases": phases(report)}))
-            longest_s = max(longest_s, pushed.total_s)
+            longest_s = max(longest_s, ended + MARGIN_S - began)
         quiet = []
         for _ in range(QUIET_ROUNDS):
             began = streams.begin()
-            time.sleep(2 * MARGIN_S + 2 * SLACK_S + longest_s)
+            time.sleep(longest_s + SLACK_S)
             quiet.append(_round(streams, began))
     name = f"{way}, {way.in_flight}, {num_streams} streams"
     return Row(

@@ -65,19 +65,26 @@ def timed(step: Callable[[], object]) -> tuple[Pushed, Any]:
 
 
 class Memory:
-    """Bytes that the trainer's device holds at most, beside what it held when this was made. None on a CPU."""
+    """The most bytes that the trainer's device holds in a step, beside what it held when this was made."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self._device, self._before, self._most = device, 0, 0
         if device.type == "cuda":
             torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(device)
             self._before = torch.cuda.memory_allocated(device)
 
-    def extra(self) -> int | None:
+    def timed(self, step: Callable[[], object]) -> tuple[Pushed, Any]:
         if self._device.type != "cuda":
-            return None
-        return torch.cuda.max_memory_allocated(self._device) - self._before
+            return timed(step)
+        torch.cuda.reset_peak_memory_stats(self._device)  # drawing weights is no part of it
+        found = timed(step)
+        self._most = max(self._most, torch.cuda.max_memory_allocated(self._device) - self._before)
+        return found
+
+    @property
+    def extra(self) -> int | None:
+        """Of all steps; None on a CPU."""
+        return self._most if self._device.type == "cuda" else None
 
 
 def fill_for(trainer: Trains, number: int, num_pushes: int) -> None:
@@ -93,10 +100,10 @@ def push_row(way: Way, url: str, trainer: Trains, config: FP8BlockConfig, num_pu
     """The first push after `prepare`, then `num_pushes` more. Collective; the row of rank 0 is the one to read."""
     memory, pushes = Memory(device), []
     with way.sender(url, config) as sender:
-        prepared, _ = timed(lambda: sender.prepare(trainer.model))
+        prepared, _ = memory.timed(lambda: sender.prepare(trainer.model))
         for number in range(1 + num_pushes):
             fill_for(trainer, number, 1 + num_pushes)
-            pushed, report = timed(lambda: sender.push(trainer.model))
+            pushed, report = memory.timed(lambda: sender.push(trainer.model))
             pushes.append(pushed.model_copy(update={"phases": phases(report)}))
     early = f", {report.num_quantized_early} of {report.num_quantized} matrices quantized before the gather"
     return Row(
@@ -104,7 +111,7 @@ def push_row(way: Way, url: str, trainer: Trains, config: FP8BlockConfig, num_pu
         num_bytes=report.wire_bytes,
         prepare_s=prepared.total_s,
         pushes=pushes,
-        extra_bytes=memory.extra(),
+        extra_bytes=memory.extra,
         bucket_bytes=way.bucket_bytes,
         note=f"{report.num_buckets} buckets{early if report.num_quantized_early else ''}",
     )
@@ -119,18 +126,18 @@ def async_rows(
     """
     memory, returned, ended = Memory(device), [], []
     with way.sender(url, config) as sender:
-        prepared, _ = timed(lambda: sender.prepare(trainer.model))
+        prepared, _ = memory.timed(lambda: sender.prepare(trainer.model))
         for number in range(1 + num_pushes):
             fill_for(trainer, number, 1 + num_pushes)
-            until_return, handle = timed(lambda: sender.push_async(trainer.model))
-            rest, report = timed(handle.wait)
+            until_return, handle = memory.timed(lambda: sender.push_async(trainer.model))
+            rest, report = memory.timed(handle.wait)
             both = ((name, value + getattr(rest, name)) for name, value in until_return if name != "phases")
             returned.append(until_return)
             ended.append(Pushed(**dict(both), phases=phases(report)))
     about: dict[str, Any] = {
         "num_bytes": report.wire_bytes,
         "prepare_s": prepared.total_s,
-        "extra_bytes": memory.extra(),
+        "extra_bytes": memory.extra,
         "bucket_bytes": way.bucket_bytes,
     }
     name = str(way).replace("push", "push_async", 1)
@@ -154,11 +161,11 @@ def stock_row(
     import sglang.srt.utils  # noqa: F401  (takes seconds, which are not those of a process group)
 
     memory, pushes = Memory(device), []
-    prepared, route = timed(lambda: StockRoute(server, backend))
+    prepared, route = memory.timed(lambda: StockRoute(server, backend))
     try:
         for number in range(1 + num_pushes):
             fill_for(trainer, number, 1 + num_pushes)
-            pushed, num_bytes = timed(lambda: push(route))
+            pushed, num_bytes = memory.timed(lambda: push(route))
             pushes.append(pushed)
     except BaseException:
         route.abandon()  # or later ways would wait behind a broadcast that nobody receives
@@ -168,6 +175,6 @@ def stock_row(
         num_bytes=num_bytes,
         prepare_s=prepared.total_s,
         pushes=pushes,
-        extra_bytes=memory.extra(),
+        extra_bytes=memory.extra,
         bucket_bytes=BUCKET_BYTES,
     )
