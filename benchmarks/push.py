@@ -273,10 +273,7 @@ def compare_all(run: Run, folder: Path) -> None:
     jobs: dict[str, tuple[list[str], Callable[[LocalServer], None]]] = {
         "ours": (pushed, lambda server: ours(run, server, trainer, wanted)),
         "peers": (stock, lambda server: peers(run, server, trainer, wanted)),
-        "bf16": (
-            ["--model-path", str(model), "--load-format", "dummy"],
-            lambda server: bf16(run, server, trainer),
-        ),
+        "bf16": (["--model-path", str(model), "--load-format", "dummy"], lambda server: bf16(run, server, trainer)),
         "fsdp": ([*plain, "--fp8sync-staging", "0"], lambda server: fsdp(run, server, trainer, wanted)),
     }
     names = run.chosen.ways
