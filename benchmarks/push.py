@@ -3,15 +3,27 @@
     python -m benchmarks.push --model qwen3-8b --out out/push          # trainer on the first GPU, server on the second
     python -m benchmarks.push --model tiny --plane tcp --out out/push  # the same without a GPU: proves the code
 
-    limit      one large broadcast between the GPUs; one large copy within one
-    push       `FP8Sender.push`, staged in reserved memory and in place
-    flattened  the same bytes as one flattened tensor a bucket of 1 GiB, quantized by the kernels of a push
-    one by one FP8 tensors in buckets of 1 GiB, quantized and broadcast tensor by tensor, as the pull request has it
-    BF16       the trainer's tensors one by one, to a server that serves BF16 (`--bf16`)
+    limit       one large broadcast between the GPUs; one large copy within one
+    push        `FP8Sender.push`, staged in reserved memory and in place
+    push_async  the same until it returns (training stands still), and until `wait` has ended
+    graph       no push, a proof: what is generated follows the weights of three pushes, in captured CUDA graphs
+    under load  pushes while so many requests generate (`--load 1 8 64 --in-flight keep retract`); a second table has
+                the gaps between tokens, the tokens that a push costs from 2 s before it to 2 s after it, and the rate
+                until the commit; `wait` lets requests of `--load-tokens` end first
+    flattened   the same bytes as one flattened tensor a bucket of 1 GiB, quantized by the kernels of a push
+    one by one  FP8 tensors in buckets of 1 GiB, quantized and broadcast tensor by tensor, as the pull request has it
+    BF16        the trainer's tensors one by one, to a server that serves BF16 (`--bf16`)
+    FSDP2       two trainer ranks, one beside the server on its GPU; gather included, in place (`--fsdp`)
 
-The last three go to `/update_weights_from_distributed` of a server with the same arguments, but for the plugin. Two
-sets of weights take turns; the first push of a way stands apart. Then every byte that the server holds is compared with
-the torch reference. A way that fails is a row that says so; the others run, and the exit status is 1.
+Flattened, one by one and BF16 go to `/update_weights_from_distributed` of a server with the same arguments, but for the
+plugin. Two sets of weights take turns; the first push of a way stands apart. Then every byte that the server holds is
+compared with the torch reference. A way that fails is a row that says so; the others run, and the exit status is 1.
+Memory is what rank 0's device holds beside its model at most, from before `prepare` on.
+
+How pushes grow: one run a size, into one folder, then `python -m benchmarks.scaling out/push/*.json`:
+
+    --model qwen3-8b --only ours --layers 12                          (24, 36)
+    --model qwen3-30b-a3b --only ours --layers 24 --experts 16        (32, 64, 128)
 """
 
 from __future__ import annotations
@@ -20,7 +32,6 @@ import argparse
 import importlib.metadata
 import json
 import os
-import re
 import signal
 import sys
 import tempfile
@@ -36,34 +47,38 @@ from pathlib import Path
 import torch
 
 from benchmarks.expected import expected
+from benchmarks.fsdp import Ranks, job_of
 from benchmarks.limits import Limits, measure
-from benchmarks.push_arguments import GPU_ARGS, NCCL, arguments
-from benchmarks.shapes import MODELS, Trainer, with_layers
+from benchmarks.load import load_row
+from benchmarks.proofs import GRAPH, check, graph_serves, has_graphs
+from benchmarks.push_arguments import NCCL, arguments, server_args
+from benchmarks.shapes import Trainer
 from benchmarks.stock_route import Grouped, StockRoute, buckets, quantized, staging_gb
 from benchmarks.table import FLATTENED, Row, as_json, table
-from benchmarks.ways import SEEDS, Way, answers, check, load_row, push_row, stock_row
-from examples.local_server import CPU_ARGS, LocalServer
+from benchmarks.ways import SEEDS, Way, async_rows, push_row, stock_row
+from examples.local_server import LocalServer
 from shared.config import FP8BlockConfig
 from shared.launch import sglang_fp8_args
 
 START_S = 240.0
 ONE_BY_ONE, BF16 = "stock, FP8 tensors one by one", "stock, BF16 tensors one by one"
-LOAD_PUSHES, MOST_NEW_TOKENS = 3, 2000
+FEW_PUSHES = 3  # under load, and of push_async, after the first
 
 
 class Run:
-    """One run: what was asked, what was found, and the servers that are up."""
+    """One run: what was asked, what was found, and the processes that are up."""
 
     def __init__(self, chosen: argparse.Namespace) -> None:
         self.chosen, self.began = chosen, time.monotonic()
         self.rows: list[Row] = []
         self.limits: Limits | None = None
-        self.servers: list[LocalServer] = []
+        self.running: list[LocalServer | Ranks] = []
         self.config = FP8BlockConfig()
-        self.case = with_layers(MODELS[chosen.model], chosen.layers)
+        self.case = chosen.case
         self.on_gpu = torch.cuda.is_available()
         self.device = torch.device("cuda", 0) if self.on_gpu else torch.device("cpu")
         self.backend = "nccl" if self.on_gpu else "gloo"
+        self.environments = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in chosen.gpus] if self.on_gpu else [{}, {}]
         self.num_peer_pushes = chosen.pushes if chosen.peer_pushes is None else chosen.peer_pushes
         self._ending, self._over = threading.Lock(), False
 
@@ -76,14 +91,14 @@ class Run:
         """A server on the second GPU, not awaited. Raises: RuntimeError: the run has ended."""
         if self._over:
             raise RuntimeError("the run has ended")
-        more = [*GPU_ARGS, "--mem-fraction-static", self.chosen.mem_fraction_static] if self.on_gpu else [*CPU_ARGS]
         env = {"FP8SYNC_PROBE": "1", "SGLANG_JIT_DEEPGEMM_PRECOMPILE": "0"}
         if self.on_gpu:
             env["CUDA_VISIBLE_DEVICES"] = self.chosen.gpus[1]
         log = self.chosen.out / "logs" / f"{self.chosen.label}-{name}.log"
-        self.servers.append(LocalServer([*args, *more, *self.chosen.server_arg], log, env=env))
+        server = LocalServer([*args, *server_args(self.chosen, self.on_gpu)], log, env=env)
+        self.running.append(server)
         self.say(f"{name}: starting, {log}")
-        return self.servers[-1]
+        return server
 
     def up(self, server: LocalServer) -> bool:
         """Whether it came up; if not, that is a row."""
@@ -94,25 +109,26 @@ class Run:
             lines = str(error).splitlines()
             self.rows.append(Row(way=f"server, {server.log.stem}", failed=f"{lines[0]} {lines[-1][:200]}"))
             return False
-        self.say(f"{server.log.stem}: up, {'with' if _has_graphs(server) else 'without'} CUDA graphs")
+        self.say(f"{server.log.stem}: up, {'with' if has_graphs(server) else 'without'} CUDA graphs")
         return True
 
     # Rows
 
-    def row(self, way: str, measured: Callable[[], Row], *proofs: Callable[[], str]) -> None:
+    def row(self, way: str, measured: Callable[[], Row | list[Row]], *proofs: Callable[[], str]) -> None:
         """Measure and prove; whatever goes wrong stands in the row."""
-        row = Row(way=way)
+        rows = [Row(way=way)]
         self.say(f"{way}: ...")
         try:
-            row = measured()
+            found = measured()
+            rows = found if isinstance(found, list) else [found]
             for proof in proofs:
-                row.note = "; ".join(filter(None, [row.note, proof()]))
+                rows[-1].note = "; ".join(filter(None, [rows[-1].note, proof()]))
         except Exception as error:
             traceback.print_exc()
-            row.failed = f"{type(error).__name__}: {str(error)[:300]}"
-        self.rows.append(row)
-        later = "" if row.later_s is None else f"{1e3 * row.later_s:.1f} ms, first {1e3 * row.pushes[0].total_s:.1f} ms"
-        self.say(f"{row.way}: {row.failed or f'{later}; {row.note}'}")
+            rows[-1].failed = f"{type(error).__name__}: {str(error)[:300]}"
+        self.rows += rows
+        for row in rows:
+            self.say(str(row))
 
     # The end
 
@@ -124,21 +140,24 @@ class Run:
                 if why:
                     self.rows.append(Row(way="the run", failed=why))
                 self._tell()
-                for server in self.servers:
-                    server.stop()
+                for running in self.running:
+                    running.stop()
         return int(any(row.failed for row in self.rows))
 
     def _tell(self) -> None:
         about = {
-            "chosen": {name: str(value) for name, value in vars(self.chosen).items()},
+            "chosen": {name: str(value) for name, value in vars(self.chosen).items() if name != "case"},
             "versions": {name: importlib.metadata.version(name) for name in ("torch", "sglang", "transformers")},
             "num_layers": self.case.config["num_hidden_layers"],
+            "num_experts": self.case.config.get("num_experts", 0),
             "seconds": time.monotonic() - self.began,
         }
         name = f"{self.chosen.label}-{self.chosen.only or 'all'}.json"
         (self.chosen.out / name).write_text(json.dumps(as_json(self.rows, self.limits, about), indent=1))
         device = "a CPU" if self.limits is None else self.limits.device
-        print(f"\n{self.case.name}, {about['num_layers']} layers, {device}, {about['versions']}; ms, GB = 10^9 bytes\n")
+        size = f"{about['num_layers']} layers, {about['num_experts']} experts"
+        gemm = f"FP8 linear layers by {self.chosen.fp8_gemm_backend}" if self.on_gpu else "no GPU"
+        print(f"\n{self.case.name}, {size}, {device}, {gemm}, {about['versions']}; ms, GB = 10^9 bytes\n")
         print(table(self.rows, self.limits), flush=True)
 
     def watch(self) -> None:
@@ -153,23 +172,35 @@ class Run:
         timer.start()
 
 
-def _has_graphs(server: LocalServer) -> bool:
-    return re.search(r"capture .*cuda graph end", server.log.read_text(errors="replace").lower()) is not None
-
-
 def ours(run: Run, server: LocalServer, trainer: Trainer, wanted: dict[str, str]) -> None:
     chosen, proof = run.chosen, partial(check, server, wanted)
     for staging, mib in product(chosen.staging, chosen.bucket_mib):
         way = Way(chosen.plane, staging, mib << 20)
-        measured = partial(push_row, way, server, trainer, run.config, chosen.pushes, run.device)
+        measured = partial(push_row, way, server.url, trainer, run.config, chosen.pushes, run.device)
         run.row(str(way), measured, proof)
-    run.row("after these pushes", partial(Row, way="after these pushes"), partial(answers, server))
-    new_tokens = min(MOST_NEW_TOKENS, run.case.config["max_position_embeddings"] - 100)
-    for in_flight in chosen.in_flight if chosen.load else ():
-        way = Way(chosen.plane, "reserved", chosen.bucket_mib[0] << 20, in_flight)
-        num_pushes = min(chosen.pushes, LOAD_PUSHES)
-        measured = partial(load_row, way, server, trainer, run.config, num_pushes, chosen.load, new_tokens)
-        run.row(f"{way}, {in_flight}, under load", measured, proof)
+    few, bucket_bytes = min(chosen.pushes, FEW_PUSHES), chosen.bucket_mib[0] << 20
+    way = Way(chosen.plane, chosen.staging[0], bucket_bytes)
+    both = partial(async_rows, way, server.url, trainer, run.config, few, run.device)
+    run.row(f"push_async, {way}", both, proof)
+    run.row(GRAPH, partial(Row, way=GRAPH), partial(graph_serves, way, server, trainer, run.config), proof)
+    for num_streams, in_flight in product(chosen.load, chosen.in_flight):
+        way = Way(chosen.plane, "reserved", bucket_bytes, in_flight)
+        under_load = partial(load_row, way, server, trainer, run.config, few, num_streams, chosen.load_tokens)
+        run.row(f"{way}, {in_flight}, {num_streams} streams", under_load, proof)
+
+
+def fsdp(run: Run, server: LocalServer, trainer: Trainer, wanted: dict[str, str]) -> None:
+    """The last of all: the trainer is gone afterwards."""
+    trainer.free()
+    chosen, bucket_bytes = run.chosen, run.chosen.bucket_mib[0] << 20
+    way = Way(chosen.plane, "in_place", bucket_bytes)
+    name = f"{chosen.label}-fsdp"
+    at = chosen.out / "logs" / f"{name}-row.json"
+    job = job_of(chosen.model, chosen.layers, chosen.experts, way, server.url, chosen.pushes, at)
+    ranks = Ranks(job, run.environments, chosen.out / "logs" / name)
+    run.running.append(ranks)
+    run.row(f"{way}, FSDP2", ranks.row, partial(check, server, wanted))
+    ranks.stop()
 
 
 def peers(run: Run, server: LocalServer, trainer: Trainer, wanted: dict[str, str]) -> None:
@@ -205,9 +236,8 @@ def _stock(run: Run, way: str, server: LocalServer, trainer: Trainer, push: Call
 
 def measure_limits(run: Run) -> None:
     num_bytes = 1 << 30 if run.on_gpu else 16 << 20
-    environments = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in run.chosen.gpus] if run.on_gpu else [{}, {}]
     try:
-        run.limits = measure(run.backend, num_bytes, environments)
+        run.limits = measure(run.backend, num_bytes, run.environments)
         run.say(f"limits: {run.limits}")
     except Exception as error:
         traceback.print_exc()
@@ -240,25 +270,24 @@ def compare_all(run: Run, folder: Path) -> None:
     plain = sglang_fp8_args(str(model), run.config)
     stock = [word for word in plain if word not in ("--load-plugin", "fp8sync")]
     pushed = [*plain, "--fp8sync-staging", staging_gb(trainer.weights, run.config, run.chosen.bucket_mib)]
-    jobs: list[tuple[str, list[str], Callable[[LocalServer], None]]] = []
-    if run.chosen.only != "peers":
-        jobs.append(("push", pushed, lambda server: ours(run, server, trainer, wanted)))
-    if run.chosen.only != "ours":
-        jobs.append(("stock", stock, lambda server: peers(run, server, trainer, wanted)))
-    if run.chosen.bf16:
-        served = ["--model-path", str(model), "--load-format", "dummy"]
-        jobs.append(("bf16", served, lambda server: bf16(run, server, trainer)))
-    started = [run.start(name, args) for name, args, _ in (jobs if run.chosen.together else jobs[:1])]
+    jobs: dict[str, tuple[list[str], Callable[[LocalServer], None]]] = {
+        "ours": (pushed, lambda server: ours(run, server, trainer, wanted)),
+        "peers": (stock, lambda server: peers(run, server, trainer, wanted)),
+        "bf16": (["--model-path", str(model), "--load-format", "dummy"], lambda server: bf16(run, server, trainer)),
+        "fsdp": ([*plain, "--fp8sync-staging", "0"], lambda server: fsdp(run, server, trainer, wanted)),
+    }
+    names = run.chosen.ways
+    started = [run.start(name, jobs[name][0]) for name in (names if run.chosen.together else names[:1])]
     trainer.fill(SEEDS[0])
     wanted = expected(trainer.weights, run.config)
     run.say(f"{len(wanted)} parameters expected")
     up = [run.up(server) for server in started]  # nothing is timed while a server starts
-    for number, (name, args, measure_it) in enumerate(jobs):
+    for number, name in enumerate(names):
         if number == len(started):
-            started.append(run.start(name, args))
+            started.append(run.start(name, jobs[name][0]))
             up.append(run.up(started[-1]))
         if up[number]:
-            measure_it(started[number])
+            jobs[name][1](started[number])
         started[number].stop()
 
 

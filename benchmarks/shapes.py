@@ -40,6 +40,15 @@ def with_layers(case: Case, num_layers: int | None) -> Case:
     return case if num_layers is None else replace(case, config={**case.config, "num_hidden_layers": num_layers})
 
 
+def with_experts(case: Case, num_experts: int | None) -> Case:
+    """`case` with so many experts; None: as it is. Raises: ValueError: it has none, or a token takes more."""
+    if num_experts is None:
+        return case
+    if not 1 <= case.config.get("num_experts_per_tok", 0) <= num_experts:
+        raise ValueError(f"{case.name} cannot have {num_experts} experts")
+    return replace(case, config={**case.config, "num_experts": num_experts})
+
+
 class Trainer:
     """A model of `case` in BF16 on `device`, without values until `fill`.
 
@@ -64,11 +73,22 @@ class Trainer:
         """The weights of `seed`, in place, complete on return: matrices N(0, 0.02), vectors N(1, 0.1)."""
         generator = torch.Generator(self._device).manual_seed(seed)
         for parameter in self.model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0.0, 0.02, generator=generator)
-            else:
-                parameter.normal_(1.0, 0.1, generator=generator)
+            draw(parameter, generator)
         synchronize(self._device)
+
+    def free(self) -> None:
+        """Give its memory back, for good."""
+        self.weights.clear()
+        self.model.to("meta")
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def draw(parameter: Tensor, generator: torch.Generator) -> None:
+    if parameter.dim() > 1:
+        parameter.normal_(0.0, 0.02, generator=generator)
+    else:
+        parameter.normal_(1.0, 0.1, generator=generator)
 
 
 def synchronize(device: torch.device) -> None:

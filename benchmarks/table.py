@@ -1,4 +1,4 @@
-"""The rows of `benchmarks.push`, and the table that they become."""
+"""The rows of `benchmarks.push`, and the tables that they become."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from typing import Any
 from pydantic import BaseModel
 
 from benchmarks.limits import Limits
+from benchmarks.rounds import Load
 from sender.report import PHASES
 
 _COLUMNS = ("way", "GB", "prepare", "first", "later", "first / later", "to the wire", "to the flattened bucket")
-_MORE = (*PHASES, "stood still", "CPU", "GPU memory", "note")
+_MORE = (*PHASES, "stood still", "CPU, Python thread", "CPU, process", "memory, GB", "memory, buckets", "note")
+_LOAD = ("under load", "streams", "normal gap", "longest gap", "over the normal gap", "longest, first push")
+_MORE_LOAD = ("longest, no push", "tokens lost", "of so many", "tokens/s, receiving", "tokens/s, no push", "slower by")
 FLATTENED = "stock, flattened bucket, FP8"
 
 
@@ -28,13 +31,15 @@ class Pushed(BaseModel):
 
 class Row(BaseModel):
     """A way to update a server: its pushes in their order, or why there is none. `extra_bytes`: the most that the
-    trainer's device held beside its model."""
+    trainer's device (rank 0's) held beside its model; `bucket_bytes`: of one bucket. `load`: what streams saw of it."""
 
     way: str
     num_bytes: int = 0
     prepare_s: float | None = None
     pushes: list[Pushed] = []
     extra_bytes: int | None = None
+    bucket_bytes: int | None = None
+    load: Load | None = None
     note: str = ""
     failed: str = ""
 
@@ -43,12 +48,20 @@ class Row(BaseModel):
         """The median of all pushes but the first."""
         return statistics.median(push.total_s for push in self.pushes[1:]) if self.pushes[1:] else None
 
+    def __str__(self) -> str:
+        """In one line."""
+        said = [] if self.later_s is None else [f"{_ms(self.later_s)} ms, first {_ms(self.pushes[0].total_s)} ms"]
+        if self.load is not None:
+            told = zip(_LOAD[1:] + _MORE_LOAD, _load_cells(self.way, self.load)[1:], strict=True)
+            said.append(", ".join(f"{name}: {cell}" for name, cell in told))
+        return f"{self.way}: {self.failed or '; '.join(filter(None, [*said, self.note]))}"
+
 
 def table(rows: Sequence[Row], limits: Limits | None) -> str:
-    """Milliseconds, but where a column says otherwise."""
+    """Milliseconds, but where a column says otherwise. Rows under load have a second table."""
     columns = [*_COLUMNS, *_MORE]
     sent = next((row.num_bytes for row in rows if row.num_bytes), 0)  # FP8 ways come first
-    lines = [_line(columns), "|---" * len(columns) + "|"]
+    lines = _head(columns)
     if limits is not None and sent:
         what = (
             (f"limit: the wire, {limits.wire / 1e9:.1f} GB/s", limits.wire_s(sent)),
@@ -56,7 +69,10 @@ def table(rows: Sequence[Row], limits: Limits | None) -> str:
         )
         lines += [_line([name, _gb(sent), "", "", _ms(value), *[""] * (len(columns) - 5)]) for name, value in what]
     flattened = next((row.later_s for row in rows if row.way == FLATTENED), None)
-    return "\n".join([*lines, *(_line(_cells(row, limits, flattened)) for row in rows)])
+    lines += [_line(_cells(row, limits, flattened)) for row in rows]
+    if loads := [_line(_load_cells(row.way, row.load)) for row in rows if row.load is not None]:
+        lines += ["", *_head([*_LOAD, *_MORE_LOAD]), *loads]
+    return "\n".join(lines)
 
 
 def _cells(row: Row, limits: Limits | None, flattened_s: float | None) -> list[str]:
@@ -64,18 +80,19 @@ def _cells(row: Row, limits: Limits | None, flattened_s: float | None) -> list[s
         told = f"failed: {row.failed}" if row.failed else row.note
         return [row.way, *[""] * (len(_COLUMNS) + len(_MORE) - 2), " ".join(told.split())]
     later, first = row.later_s, row.pushes[0].total_s
-    all_later = [push.total_s for push in row.pushes[1:]]
-    spread = f"{_ms(later)} ({_ms(min(all_later))} to {_ms(max(all_later))})" if later else ""
     wire_s = limits.wire_s(row.num_bytes) if limits is not None and row.num_bytes else None
     timed = row.pushes[1:] or row.pushes
-    thread_s = statistics.median(push.thread_s for push in timed)
-    process_s = statistics.median(push.process_s for push in timed)
+    all_later = [_ms(push.total_s) for push in sorted(row.pushes[1:], key=lambda push: push.total_s)]
+    buckets = row.extra_bytes / row.bucket_bytes if row.extra_bytes is not None and row.bucket_bytes else None
     return [
-        *(row.way, _gb(row.num_bytes), _ms(row.prepare_s), _ms(first), spread, _ratio(first, later)),
-        *(_ratio(later, wire_s), _ratio(later, flattened_s)),
+        *(row.way, _gb(row.num_bytes), _ms(row.prepare_s), _ms(first)),
+        f"{_ms(later)} ({all_later[0]} to {all_later[-1]})" if later else "",
+        *(_ratio(first, later), _ratio(later, wire_s), _ratio(later, flattened_s)),
         *(_ms(_phase(row, phase)) for phase in (*PHASES, "stood still")),
-        f"{_ms(thread_s)} of {_ms(process_s)}",
+        _ms(statistics.median(push.thread_s for push in timed)),
+        _ms(statistics.median(push.process_s for push in timed)),
         "" if row.extra_bytes is None else _gb(row.extra_bytes),
+        "" if buckets is None else f"{buckets:.2f}",
         row.note,
     ]
 
@@ -83,6 +100,24 @@ def _cells(row: Row, limits: Limits | None, flattened_s: float | None) -> list[s
 def _phase(row: Row, phase: str) -> float | None:
     found = [push.phases[phase] for push in row.pushes[1:] if phase in push.phases]
     return statistics.median(found) if found else None
+
+
+def _load_cells(way: str, load: Load) -> list[str]:
+    lost, of = _range(statistics.median(load.lost), load.lost), load.quiet_tokens
+    return [
+        *(way, str(load.num_streams), _ms(load.normal_s), _ms(load.longest_s), _ms(load.longest_s - load.normal_s)),
+        *(_ms(load.longest_first_s), _ms(load.longest_quiet_s), lost, _range(statistics.mean(of), of)),
+        *(f"{load.receiving_rate:.0f}", f"{load.quiet_rate:.0f}"),
+        f"{100 * (1 - load.receiving_rate / load.quiet_rate):.0f}%",
+    ]
+
+
+def _range(middle: float, values: Sequence[float]) -> str:
+    return f"{middle:.0f} ({min(values):.0f} to {max(values):.0f})"
+
+
+def _head(columns: Sequence[str]) -> list[str]:
+    return [_line(columns), "|---" * len(columns) + "|"]
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -1,19 +1,16 @@
-"""The ways to update a server that `benchmarks.push` compares: each is a `Row`, and proves what it left behind."""
+"""The ways to update a server that `benchmarks.push` compares: each is a `Row`."""
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from torch import nn
 
-from benchmarks.expected import compare
-from benchmarks.shapes import Trainer
-from benchmarks.stock_route import StockRoute
-from benchmarks.streams import Streams, gaps
+from benchmarks.stock_route import BUCKET_BYTES, StockRoute
 from benchmarks.table import Pushed, Row
 from examples.local_server import LocalServer
 from sender import FP8Sender
@@ -23,8 +20,15 @@ from shared.protocol import InFlight, PlaneName, StagingChoice
 
 SEEDS = (1, 2)  # of the two sets of weights; the last push is of the first
 PUSH_TIMEOUT_S = 90.0
-BETWEEN_PUSHES_S = 5.0  # under load: for streams to be undisturbed in between
-PROMPTS = [[11, 12, 13], list(range(3, 40))]
+
+
+class Trains(Protocol):
+    """What is pushed: `benchmarks.shapes.Trainer`, or a sharded one."""
+
+    model: nn.Module
+
+    def fill(self, seed: int) -> None:
+        """The weights of `seed`, complete on return, on all ranks."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +40,9 @@ class Way:
     bucket_bytes: int
     in_flight: InFlight = "wait"
 
-    def sender(self, server: LocalServer, config: FP8BlockConfig) -> FP8Sender:
+    def sender(self, url: str, config: FP8BlockConfig) -> FP8Sender:
         return FP8Sender(
-            [server.url],
+            [url],
             plane=self.plane,
             config=config,
             staging=self.staging,
@@ -61,56 +65,93 @@ def timed(step: Callable[[], object]) -> tuple[Pushed, Any]:
 
 
 class Memory:
-    """Bytes that the trainer's device holds at most, beside what it held when this was made. None on a CPU."""
+    """The most bytes that the trainer's device holds in a step, beside what it held when this was made."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self._device, self._before, self._most = device, 0, 0
         if device.type == "cuda":
             torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(device)
             self._before = torch.cuda.memory_allocated(device)
 
-    def extra(self) -> int | None:
+    def timed(self, step: Callable[[], object]) -> tuple[Pushed, Any]:
         if self._device.type != "cuda":
-            return None
-        return torch.cuda.max_memory_allocated(self._device) - self._before
+            return timed(step)
+        torch.cuda.reset_peak_memory_stats(self._device)  # drawing weights is no part of it
+        found = timed(step)
+        self._most = max(self._most, torch.cuda.max_memory_allocated(self._device) - self._before)
+        return found
+
+    @property
+    def extra(self) -> int | None:
+        """Of all steps; None on a CPU."""
+        return self._most if self._device.type == "cuda" else None
 
 
-def in_turn(trainer: Trainer, number: int, num_pushes: int, push: Callable[[], object]) -> tuple[Pushed, Any]:
-    """Push `number` of `num_pushes`, of the other weights than the one before; drawing them is not timed."""
+def fill_for(trainer: Trains, number: int, num_pushes: int) -> None:
+    """Before push `number` of `num_pushes`: the other weights than those of the one before."""
     trainer.fill(SEEDS[(num_pushes - 1 - number) % len(SEEDS)])
-    return timed(push)
 
 
-def push_row(
-    way: Way, server: LocalServer, trainer: Trainer, config: FP8BlockConfig, num_pushes: int, device: torch.device
-) -> Row:
-    """The first push after `prepare`, then `num_pushes` more."""
+def phases(report: PushReport) -> dict[str, float]:
+    return {**report.seconds, "stood still": max(report.stood_still_s.values())}
+
+
+def push_row(way: Way, url: str, trainer: Trains, config: FP8BlockConfig, num_pushes: int, device: torch.device) -> Row:
+    """The first push after `prepare`, then `num_pushes` more. Collective; the row of rank 0 is the one to read."""
     memory, pushes = Memory(device), []
-    with way.sender(server, config) as sender:
-        prepared, _ = timed(lambda: sender.prepare(trainer.model))
+    with way.sender(url, config) as sender:
+        prepared, _ = memory.timed(lambda: sender.prepare(trainer.model))
         for number in range(1 + num_pushes):
-            pushed, report = in_turn(trainer, number, 1 + num_pushes, lambda: sender.push(trainer.model))
-            pushes.append(pushed.model_copy(update={"phases": _phases(report)}))
+            fill_for(trainer, number, 1 + num_pushes)
+            pushed, report = memory.timed(lambda: sender.push(trainer.model))
+            pushes.append(pushed.model_copy(update={"phases": phases(report)}))
+    early = f", {report.num_quantized_early} of {report.num_quantized} matrices quantized before the gather"
     return Row(
         way=str(way),
         num_bytes=report.wire_bytes,
         prepare_s=prepared.total_s,
         pushes=pushes,
-        extra_bytes=memory.extra(),
-        note=f"{report.num_buckets} buckets",
+        extra_bytes=memory.extra,
+        bucket_bytes=way.bucket_bytes,
+        note=f"{report.num_buckets} buckets{early if report.num_quantized_early else ''}",
     )
 
 
-def _phases(report: PushReport) -> dict[str, float]:
-    return {**report.seconds, "stood still": max(report.stood_still_s.values())}
+def async_rows(
+    way: Way, url: str, trainer: Trains, config: FP8BlockConfig, num_pushes: int, device: torch.device
+) -> list[Row]:
+    """`push_async`: for how long training stands still until it returns, and until `wait` has ended right after it.
+
+    The Python thread of the second row is that of the caller; what is sent is sent by another one.
+    """
+    memory, returned, ended = Memory(device), [], []
+    with way.sender(url, config) as sender:
+        prepared, _ = memory.timed(lambda: sender.prepare(trainer.model))
+        for number in range(1 + num_pushes):
+            fill_for(trainer, number, 1 + num_pushes)
+            until_return, handle = memory.timed(lambda: sender.push_async(trainer.model))
+            rest, report = memory.timed(handle.wait)
+            both = ((name, value + getattr(rest, name)) for name, value in until_return if name != "phases")
+            returned.append(until_return)
+            ended.append(Pushed(**dict(both), phases=phases(report)))
+    about: dict[str, Any] = {
+        "num_bytes": report.wire_bytes,
+        "prepare_s": prepared.total_s,
+        "extra_bytes": memory.extra,
+        "bucket_bytes": way.bucket_bytes,
+    }
+    name = str(way).replace("push", "push_async", 1)
+    return [
+        Row(way=f"{name}, until it returns", pushes=returned, **about),
+        Row(way=f"{name}, until wait() ends", pushes=ended, **about),
+    ]
 
 
 def stock_row(
     way: str,
     server: LocalServer,
     backend: str,
-    trainer: Trainer,
+    trainer: Trains,
     push: Callable[[StockRoute], int],
     num_pushes: int,
     device: torch.device,
@@ -120,61 +161,20 @@ def stock_row(
     import sglang.srt.utils  # noqa: F401  (takes seconds, which are not those of a process group)
 
     memory, pushes = Memory(device), []
-    prepared, route = timed(lambda: StockRoute(server, backend))
+    prepared, route = memory.timed(lambda: StockRoute(server, backend))
     try:
         for number in range(1 + num_pushes):
-            pushed, num_bytes = in_turn(trainer, number, 1 + num_pushes, lambda: push(route))
+            fill_for(trainer, number, 1 + num_pushes)
+            pushed, num_bytes = memory.timed(lambda: push(route))
             pushes.append(pushed)
     except BaseException:
         route.abandon()  # or later ways would wait behind a broadcast that nobody receives
         raise
-    return Row(way=way, num_bytes=num_bytes, prepare_s=prepared.total_s, pushes=pushes, extra_bytes=memory.extra())
-
-
-def load_row(
-    way: Way,
-    server: LocalServer,
-    trainer: Trainer,
-    config: FP8BlockConfig,
-    num_pushes: int,
-    num_streams: int,
-    new_tokens: int,
-) -> Row:
-    """Pushes while `num_streams` requests generate: for how long each stream is without a token near a push."""
-    pushes, spans = [], []
-    with way.sender(server, config) as sender, Streams(server.url, num_streams, new_tokens) as streams:
-        sender.prepare(trainer.model)
-        for number in range(1 + num_pushes):
-            time.sleep(BETWEEN_PUSHES_S)
-            pushed, report = in_turn(trainer, number, 1 + num_pushes, lambda: sender.push(trainer.model))
-            ended = time.monotonic()
-            spans.append((ended - pushed.total_s, ended))
-            pushes.append(pushed.model_copy(update={"phases": _phases(report)}))
-        time.sleep(BETWEEN_PUSHES_S)
-    found = [gaps(arrivals, spans) for arrivals in streams.arrivals]
-    worst = [max(gap.worst[1:] or gap.worst) for gap in found]
-    note = (
-        f"{num_streams} streams: longest gap near a later push {1e3 * max(worst):.0f} (in the best stream "
-        f"{1e3 * min(worst):.0f}), near the first {1e3 * max(gap.worst[0] for gap in found):.0f}; normal gap "
-        f"{1e3 * max(gap.normal for gap in found):.1f}"
+    return Row(
+        way=way,
+        num_bytes=num_bytes,
+        prepare_s=prepared.total_s,
+        pushes=pushes,
+        extra_bytes=memory.extra,
+        bucket_bytes=BUCKET_BYTES,
     )
-    return Row(way=f"{way}, {way.in_flight}, under load", num_bytes=report.wire_bytes, pushes=pushes, note=note)
-
-
-def check(server: LocalServer, wanted: Mapping[str, str]) -> str:
-    """What a server of one rank holds, against `wanted`. Raises: AssertionError: another byte; a missing tensor."""
-    (held,) = server.probe()
-    wrong, beside = compare(held, wanted)
-    if wrong:
-        raise AssertionError(
-            f"{len(wrong)} of {len(wanted)} tensors differ from the reference: {wrong[:3]}; has {beside[:3]}"
-        )
-    return f"{len(wanted)} tensors are bit for bit the reference's ({len(beside)} hold no weights)"
-
-
-def answers(server: LocalServer) -> str:
-    """Raises: AssertionError: a log-probability that is no number."""
-    for reply in server.generate(PROMPTS):
-        if not reply["logprobs"] or not all(math.isfinite(logprob) for logprob in reply["logprobs"]):
-            raise AssertionError(f"log-probabilities {reply['logprobs']}")
-    return "generates finite log-probabilities"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,12 @@ import torch
 from benchmarks import push
 from benchmarks.expected import compare, expected, fused, place
 from benchmarks.limits import Limits
-from benchmarks.push_arguments import arguments
-from benchmarks.shapes import MODELS, Trainer, with_layers
+from benchmarks.proofs import follows, steps_in_graphs
+from benchmarks.push_arguments import arguments, server_args
+from benchmarks.scaling import summary
+from benchmarks.shapes import MODELS, Trainer, with_experts, with_layers
 from benchmarks.stock_route import BUCKET_BYTES, Grouped, buckets, flat, layout_of, quantized
-from benchmarks.streams import gaps
-from benchmarks.table import FLATTENED, Pushed, Row, table
+from benchmarks.table import FLATTENED, Pushed, Row, as_json, table
 from shared.config import FP8BlockConfig
 from shared.numerics import quantize_reference
 
@@ -52,7 +54,17 @@ def test_the_shapes_are_those_of_the_real_models() -> None:
             model = MODELS[name].model_class(MODELS[name].make_config())
         assert sum(parameter.numel() for parameter in model.parameters()) == num_weights
     assert with_layers(MODELS["qwen3-8b"], 3).make_config().num_hidden_layers == 3
-    assert with_layers(MODELS["qwen3-8b"], None) is MODELS["qwen3-8b"]
+    assert with_layers(MODELS["qwen3-8b"], None) is with_experts(MODELS["qwen3-8b"], None) is MODELS["qwen3-8b"]
+    assert with_experts(MODELS["qwen3-30b-a3b"], 16).make_config().num_experts == 16
+    for name in ("qwen3-8b", "qwen3-30b-a3b"):
+        with pytest.raises(ValueError, match="cannot have 4 experts"):
+            with_experts(MODELS[name], 4)
+
+
+def test_memory_that_is_given_back() -> None:
+    trainer = Trainer(MODELS["tiny"], CPU)
+    trainer.free()
+    assert not trainer.weights and all(parameter.is_meta for parameter in trainer.model.parameters())
 
 
 # What SGLang's own route is sent
@@ -135,25 +147,20 @@ def test_compare_names_what_differs_and_what_is_beside_it() -> None:
 # What is counted
 
 
-def test_gaps_of_a_stream_near_pushes_and_far_from_them() -> None:
-    arrivals = [0.0, 1.0, 2.0, 2.5, 4.5, 5.0, 6.0, 7.0, 8.0, 11.0, 12.0]
-    found = gaps(arrivals, [(3.0, 3.5), (9.0, 9.1)], margin_s=0.4)
-    assert found.worst == (2.0, 3.0) and found.normal == 1.0
-    assert gaps(arrivals, [(3.0, 3.5)], margin_s=1.6).worst == (2.0,)
-    for times, spans in ((arrivals, [(-1.0, 0.5)]), (arrivals, [(11.0, 12.5)]), ([], [(1.0, 2.0)]), (arrivals, [])):
-        with pytest.raises(ValueError, match="was not there"):
-            gaps(times, spans)
-    with pytest.raises(ValueError, match="never farther"):
-        gaps(arrivals, [(3.0, 3.5)], margin_s=100.0)
-
-
 def pushes(*seconds: float) -> list[Pushed]:
     return [Pushed(total_s=s, thread_s=s / 2, process_s=s, phases={"send": s / 4, "stood still": 0.0}) for s in seconds]
 
 
 def test_the_table_has_ratios_and_failures() -> None:
     rows = [
-        Row(way="ours", num_bytes=10**9, prepare_s=1.0, pushes=pushes(0.9, 0.2, 0.3, 0.25), extra_bytes=5 * 10**8),
+        Row(
+            way="ours",
+            num_bytes=10**9,
+            prepare_s=1.0,
+            pushes=pushes(0.9, 0.2, 0.3, 0.25),
+            extra_bytes=5 * 10**8,
+            bucket_bytes=2 * 10**8,
+        ),
         Row(way=FLATTENED, num_bytes=10**9, pushes=pushes(3.0, 0.5)),
         Row(way="broken", failed="RuntimeError: a\nb | c"),
         Row(way="left", note="left out"),
@@ -167,7 +174,8 @@ def test_the_table_has_ratios_and_failures() -> None:
     mine = cells["ours"]
     assert (mine["first"], mine["later"], mine["first / later"]) == ("900", "250 (200 to 300)", "3.60")
     assert (mine["to the wire"], mine["to the flattened bucket"], mine["send"]) == ("2.50", "0.50", "62.5")
-    assert (mine["CPU"], mine["GPU memory"], mine["plan"]) == ("125 of 250", "0.5", "")
+    assert (mine["CPU, Python thread"], mine["CPU, process"], mine["plan"]) == ("125", "250", "")
+    assert (mine["memory, GB"], mine["memory, buckets"]) == ("0.5", "2.50")
     assert cells["broken"]["note"] == "failed: RuntimeError: a b / c" and cells["left"]["note"] == "left out"
 
 
@@ -182,8 +190,91 @@ def test_a_way_that_fails_is_a_row_and_the_exit_status(tmp_path: Path, capsys: p
     assert run.rows[0].note == "proved" and not run.rows[0].failed
     run.row("bad", lambda: good.model_copy(), wrong, lambda: "never reached")
     run.row("after", lambda: good.model_copy())
-    assert [bool(row.failed) for row in run.rows] == [False, True, False]
+    run.row("two", lambda: [Row(way="a"), Row(way="b")], lambda: "of both")
+    assert [bool(row.failed) for row in run.rows] == [False, True, False, False, False]
+    assert [(row.way, row.note) for row in run.rows[3:]] == [("a", ""), ("b", "of both")]
     assert run.end() == 1 and run.end() == 1
     written = json.loads((tmp_path / "tiny-all.json").read_text())
-    assert [row["failed"] for row in written["rows"]] == ["", "AssertionError: another byte", ""]
+    assert [row["failed"] for row in written["rows"]] == ["", "AssertionError: another byte", "", "", ""]
     assert capsys.readouterr().out.count("| way ") == 1
+
+
+def test_pushes_of_several_sizes_are_one_table() -> None:
+    def run(layers: int, num_bytes: int, *rows: Row) -> dict[str, object]:
+        limits = Limits(device="cpu", wire=10e9, copied=100e9)
+        about = {"chosen": {"model": "m"}, "num_layers": layers, "num_experts": 0}
+        return as_json([Row(way="push", num_bytes=num_bytes, pushes=pushes(1.0, 0.5)), *rows], limits, about)
+
+    failed, once = Row(way="x", failed="no"), Row(way="y", num_bytes=1, pushes=pushes(1.0))
+    lines = summary([run(9, 2 * 10**9), run(10, 10**9, failed, once)]).splitlines()[2:]
+    assert lines == [
+        "| m | 10 | 0 | push | 1 | 1000.0 | 500.0 | 2.0 | 5.00 |",
+        "| m | 9 | 0 | push | 2 | 1000.0 | 500.0 | 4.0 | 2.50 |",
+    ]
+
+
+# What is asked, and what servers are told
+
+
+def asked(*words: str) -> list[str]:
+    return ["--out", "x", *words]
+
+
+def test_ways_come_in_one_order_and_files_are_named_by_the_size() -> None:
+    chosen = arguments(None, asked("--model", "qwen3-30b-a3b", "--layers", "24", "--experts", "16", "--fsdp", "--bf16"))
+    assert chosen.ways == ["ours", "peers", "bf16", "fsdp"] and chosen.label == "qwen3-30b-a3b-24-layers-16-experts"
+    assert chosen.case.make_config().num_experts == 16 and chosen.case.make_config().num_hidden_layers == 24
+    assert arguments(None, asked("--only", "fsdp", "--bf16")).ways == ["bf16", "fsdp"]
+    assert arguments(None, asked("--only", "peers")).ways == ["peers"]
+    assert arguments(None, asked()).ways == ["ours", "peers"]
+    for words in (["--experts", "16"], ["--load", "1", "0"]):
+        with pytest.raises(SystemExit):
+            arguments(None, asked("--model", "qwen3-8b", *words))
+
+
+def test_a_server_has_room_for_the_most_streams() -> None:
+    def told(on_gpu: bool, *words: str) -> dict[str, str]:
+        args = server_args(arguments(None, asked(*words)), on_gpu)
+        return {name: value for name, value in pairwise(args) if name.startswith("--")}
+
+    idle = told(True)
+    assert (idle["--max-total-tokens"], idle["--cuda-graph-max-bs"], idle["--max-running-requests"]) == (
+        *("32768", "8", "16"),
+    )
+    assert idle["--fp8-gemm-backend"] == "triton" and "--incremental-streaming-output" not in idle
+    busy = told(True, "--load", "1", "64", "8", "--fp8-gemm-backend", "deep_gemm", "--load-tokens", "936")
+    assert (busy["--max-total-tokens"], busy["--cuda-graph-max-bs"]) == ("64000", "64")
+    assert (busy["--max-running-requests"], busy["--fp8-gemm-backend"]) == ("128", "deep_gemm")
+    cpu = server_args(arguments(None, asked("--model", "tiny", "--load", "12", "--server-arg=--x")), False)
+    assert cpu[-6:] == [
+        *("--max-running-requests", "12", "--max-total-tokens", "6144", "--incremental-streaming-output", "--x"),
+    ]
+
+
+# What is proved of generation
+
+
+def reply(*tokens: int, logprob: float = -0.5) -> dict[str, list[float]]:
+    return {"tokens": list(tokens), "logprobs": [logprob - token for token in tokens]}
+
+
+def test_generation_has_to_follow_the_weights() -> None:
+    first, other = [reply(1, 2), reply(3)], [reply(1, 2, logprob=-0.25), reply(4)]
+    assert follows(first, other, first).startswith("3 tokens")
+    for second, third, why in (
+        ([other[0], first[1]], first, "prompt 1: the same reply"),
+        (other, [first[0], reply(3, logprob=-0.5000001)], "prompt 1: .* again"),
+        ([other[0], reply(4, logprob=float("nan"))], first, "prompt 1: log-probabilities"),
+        ([other[0], reply()], first, "prompt 1: log-probabilities"),
+    ):
+        with pytest.raises(AssertionError, match=why):
+            follows(first, second, third)
+
+
+def test_a_step_without_a_graph_is_told() -> None:
+    line = "[2026] Decode batch, #running-req: 1, cuda graph: {}, gen throughput (token/s): 1.0\n"
+    assert steps_in_graphs(2 * line.format(True), graphs=True).startswith("all of 2 decoding steps")
+    assert steps_in_graphs(line.format(False), graphs=False) == "the server has no graphs"
+    for log in ("", line.format(True) + line.format(False)):
+        with pytest.raises(AssertionError, match="graphs were captured"):
+            steps_in_graphs(log, graphs=True)

@@ -1,0 +1,167 @@
+"""The row of `benchmarks.push --fsdp`: two trainer ranks, sharded by FSDP2, push; gather and quantizing are part of it.
+
+Rank 0 is on the first GPU; rank 1 is on the second one, beside the server that rank 0 streams to. Both are processes of
+their own, `python -m benchmarks.fsdp RANK JOB`, that `Ranks` starts; the process that starts them holds no weights
+meanwhile. A seed means the same weights as for `benchmarks.shapes.Trainer`, so what the server has to hold is the same.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from pydantic import BaseModel
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from benchmarks.shapes import MODELS, draw, synchronize, with_experts, with_layers
+from benchmarks.table import Row
+from benchmarks.ways import Way, push_row
+from examples.local_server import free_port
+from shared.config import FP8BlockConfig
+from tests.zoo import Case
+
+NUM_RANKS = 2
+RANKS_S = 300.0  # for all that the ranks do
+MEETING_S = 120.0  # for one to wait for another
+
+
+class Job(BaseModel):
+    """What both ranks are told. `found`: the file for the row."""
+
+    model: str
+    layers: int | None
+    experts: int | None
+    way: Way
+    url: str
+    num_pushes: int
+    port: int
+    found: Path
+
+    @property
+    def case(self) -> Case:
+        return with_experts(with_layers(MODELS[self.model], self.layers), self.experts)
+
+
+class ShardedTrainer:
+    """This rank's part of a model of `case` in BF16: every layer and the rest are sharded over all ranks.
+
+    No rank ever holds more than its own rows, and while weights are drawn one whole parameter.
+    """
+
+    def __init__(self, case: Case, device: torch.device) -> None:
+        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+        with torch.device("meta"):
+            model: nn.Module = case.model_class(case.make_config())
+        model = model.to(torch.bfloat16).requires_grad_(False)
+        for layer in model.get_submodule("model.layers").children():
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        self._device = device
+        self.model = model.to_empty(device=device)
+
+    def fill(self, seed: int) -> None:
+        """Collective. The weights of `Trainer.fill(seed)`, in place, complete on all ranks on return."""
+        generator = torch.Generator(self._device).manual_seed(seed)
+        for parameter in self.model.parameters():
+            assert isinstance(parameter, DTensor)
+            whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=self._device)
+            draw(whole, generator)
+            own = parameter.to_local()
+            own.copy_(_rows_of(whole, dist.get_rank(), dist.get_world_size()))
+        synchronize(self._device)
+        dist.barrier()
+
+
+def _rows_of(whole: torch.Tensor, rank: int, size: int) -> torch.Tensor:
+    """As FSDP2 cuts: `torch.chunk`, and nothing where there are not so many."""
+    parts = whole.chunk(size)
+    return parts[rank] if rank < len(parts) else whole[:0]
+
+
+class Ranks:
+    """The processes of the trainer. `environments`: what is added to that of each; `log`: of rank 0 and 1, in words."""
+
+    def __init__(self, job: Job, environments: Sequence[Mapping[str, str]], log: Path) -> None:
+        self._job, self._logs = job, [log.with_name(f"{log.name}-rank-{rank}.log") for rank in range(NUM_RANKS)]
+        self._processes: list[subprocess.Popen[bytes]] = []
+        for rank, environment in enumerate(environments):
+            with self._logs[rank].open("wb") as output:
+                self._processes.append(
+                    subprocess.Popen(
+                        [sys.executable, "-m", "benchmarks.fsdp", str(rank), job.model_dump_json()],
+                        env={**os.environ, **environment},
+                        stdin=subprocess.DEVNULL,
+                        stdout=output,
+                        stderr=subprocess.STDOUT,
+                    )
+                )
+
+    def row(self) -> Row:
+        """Raises: RuntimeError: a rank failed, or they took too long; with the end of its log."""
+        deadline = time.monotonic() + RANKS_S
+        while any(process.poll() is None for process in self._processes):
+            if any(process.returncode for process in self._processes):
+                break
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"the ranks were not done after {RANKS_S:.0f} s: {self._log_end(0)}")
+            time.sleep(0.05)
+        for rank, process in enumerate(self._processes):
+            if process.returncode:
+                raise RuntimeError(f"rank {rank} ended with code {process.returncode}: {self._log_end(rank)}")
+        return Row.model_validate_json(self._job.found.read_bytes())
+
+    def _log_end(self, rank: int) -> str:
+        return self._logs[rank].read_text(errors="replace")[-250:]
+
+    def stop(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.wait()
+
+
+def job_of(model: str, layers: int | None, experts: int | None, way: Way, url: str, num_pushes: int, at: Path) -> Job:
+    return Job(
+        model=model,
+        layers=layers,
+        experts=experts,
+        way=way,
+        url=url,
+        num_pushes=num_pushes,
+        port=free_port(),
+        found=at,
+    )
+
+
+def main(rank: int, job: Job) -> None:
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    timeout = timedelta(seconds=MEETING_S)
+    store = dist.TCPStore("127.0.0.1", job.port, NUM_RANKS, rank == 0, timeout)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=NUM_RANKS, timeout=timeout)
+    trainer = ShardedTrainer(job.case, device)
+    trainer.fill(0)  # `prepare` reads the weights
+    row = push_row(job.way, job.url, trainer, FP8BlockConfig(), job.num_pushes, device)
+    row.way = f"{row.way}, FSDP2 on {NUM_RANKS} ranks"
+    if rank == 0:
+        job.found.write_text(row.model_dump_json())
+    dist.barrier()
+    if rank == 0:
+        time.sleep(1.0)  # the other one may still be in the barrier, and in need of this end
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Job.model_validate_json(sys.argv[2]))
+    sys.stdout.flush()
+    os._exit(0)  # as in benchmarks.push: communicators need not keep an interpreter from ending
