@@ -7,10 +7,10 @@ copies of a push, so it is done again only after something was set, added or tak
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import is_dataclass
 from itertools import chain
-from operator import attrgetter, is_
+from operator import attrgetter, is_, itemgetter
 from typing import Any
 
 import torch
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 _PARTS_OF_METHODS = ("quant_config", "runner")
 _DEPTH = 4  # of containers in containers
-_HOOKS = frozenset(vars(nn.Module())) - {"_parameters", "_buffers", "_modules"}  # torch's own; they hold no tensors
+_TENSORS = ("_parameters", "_buffers", "_modules")
+_HOOKS = frozenset(vars(nn.Module())) - {*_TENSORS}  # torch's own; they hold no tensors
 _PLACE = (Tensor.data_ptr, Tensor.size, Tensor.stride, attrgetter("dtype"))
 
 
@@ -30,16 +31,19 @@ class Makeup:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self._modules: list[dict[str, Any]] = []  # what each is made of
+        self._own: list[Callable[[dict[str, Any]], tuple[Any, ...]]] = []  # of that, all but the hooks
         self._mappings: list[dict[Any, Any]] = []
         self._sequences: list[list[Any] | tuple[Any, ...]] = []
         self._tensors: list[torch.Tensor] = []
         seen: set[int] = set()
         for module in model.modules():
             held = vars(module)
-            self._mappings.append(held)
-            for name, value in held.items():
-                if name not in _HOOKS:
-                    self._watch(value, seen)
+            own = [name for name in held if name not in _HOOKS]
+            self._modules.append(held)
+            self._own.append(itemgetter(*own))  # at least `_TENSORS`, so that it gives a tuple
+            for name in own:
+                self._watch(held[name], seen)
             method = getattr(module, "quant_method", None)
             for part in (method, *(getattr(method, name, None) for name in _PARTS_OF_METHODS)):
                 self._watch(getattr(part, "__dict__", None), seen)
@@ -47,7 +51,10 @@ class Makeup:
 
     def holds(self) -> bool:
         """Whether nothing has been changed. A few passes in C over some ten thousand objects."""
-        objects = self._objects_now()
+        try:
+            objects = self._objects_now()
+        except KeyError:  # an attribute is gone
+            return False
         return (
             len(objects) == len(self._objects)
             and all(map(is_, objects, self._objects))
@@ -77,11 +84,12 @@ class Makeup:
             self._watch(item, seen, depth + 1)
 
     def _names_now(self) -> list[Any]:
-        return list(chain.from_iterable(self._mappings))
+        return [*map(len, self._modules), *chain.from_iterable(self._mappings)]
 
     def _objects_now(self) -> list[Any]:
+        owned = chain.from_iterable(own(held) for own, held in zip(self._own, self._modules, strict=True))
         mapped: Iterable[Any] = chain.from_iterable(map(dict.values, self._mappings))
-        return list(chain(mapped, chain.from_iterable(self._sequences)))
+        return list(chain(owned, mapped, chain.from_iterable(self._sequences)))
 
     def _places_now(self) -> list[list[Any]]:
         return [list(map(fact, self._tensors)) for fact in _PLACE]

@@ -23,7 +23,7 @@ import torch
 
 from receiver_plugin.staging import Staging
 from shared.buckets import Layout
-from shared.digest import digest
+from shared.digest import begin_digest
 from shared.errors import Fp8SyncError, ReceiveError, TransferError
 from shared.planes import ReceiveHalf
 from shared.protocol import Open, StagingWay
@@ -251,9 +251,9 @@ class Session:
             if self.lost is not None:
                 return None
 
-    def _digest(self, version: int) -> Callable[[torch.Tensor, int], int]:
-        """What takes the digest of a bucket, by its index."""
-        return lambda data, bucket: digest(data, secret=self._secret, version=version, bucket=bucket)
+    def _digest(self, version: int) -> Callable[[torch.Tensor, int], Callable[[], int]]:
+        """What begins to take the digest of a bucket, by its index."""
+        return lambda data, bucket: begin_digest(data, secret=self._secret, version=version, bucket=bucket)
 
     def _receive(self, plane: ReceiveHalf, transfer: Transfer) -> str | None:
         staging = transfer.staging

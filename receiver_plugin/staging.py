@@ -135,17 +135,19 @@ class Staging:
                     of.append(part)
         return to, of
 
-    def accept(self, index: int, sent: int, digest: Callable[[torch.Tensor, int], int]) -> int:
+    def accept(self, index: int, sent: int, begin: Callable[[torch.Tensor, int], Callable[[], int]]) -> int:
         """Take bucket `index`, which has arrived, and return its digest. `sent`: the one sent ahead of it.
+
+        `begin` begins to take the digest, and what it returns waits for it.
 
         Raises:
             TransferError: in place, the bytes are not those that were sent; none of them was written.
         """
-        found = digest(self.bucket(index), index)
-        if self._in_place and found != sent:
+        found = begin(self.bucket(index), index)
+        if self._in_place and found() != sent:
             raise TransferError(f"the bytes of bucket(s) [{index}] are not those that were sent")
         self.scatter(index)
-        return found
+        return found()
 
     def scatter(self, index: int) -> None:
         """Spread bucket `index`, which has arrived, over the image, or over the live parameters."""

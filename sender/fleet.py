@@ -311,11 +311,11 @@ class Fleet:
     def verify(self) -> None:
         """Return when every rank of every server holds every byte as it was sent, or of every server that is left.
 
-        A single server is not asked: its commit looks first, and nobody else has to hear of it.
+        A single server is not asked unless its door is shut first (`strict`): its commit looks by itself.
         """
         self._send_waiting()
         self._with_blame(lambda plane: plane.flush())
-        if len(self._servers) == 1:
+        if self._commits_unasked:
             return
         deadline, pause = time.monotonic() + self._timeout_s, _POLL_S
         message = self._question()
@@ -330,6 +330,10 @@ class Fleet:
                 raise TransferError(f"not every server was staged within {self._timeout_s:.0f} s")
             time.sleep(pause)  # every question is a message through the event loop of a busy server
             pause = min(2 * pause, _LONGEST_POLL_S)
+
+    @property
+    def _commits_unasked(self) -> bool:
+        return len(self._servers) == 1 and not self._strict
 
     def _question(self) -> wire.Verify:
         return wire.Verify(session=self._session, version=self._version, digests=tuple(self._digests))
@@ -347,7 +351,7 @@ class Fleet:
         self._transaction = Transaction(
             self._servers, self._doors, self._session, self._version, self._timeout_s, self._in_flight, self._strict
         )
-        skew_s = self._transaction.commit(tuple(self._digests) if len(self._servers) == 1 else None)
+        skew_s = self._transaction.commit(tuple(self._digests) if self._commits_unasked else None)
         self._newest = self._version
         return skew_s
 

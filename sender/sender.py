@@ -30,7 +30,8 @@ from sender.plan import PushPlan, QuantizeWhen
 from sender.ranks import Lead, TrainerRanks, TryAgain
 from sender.report import PhaseClock, PushReport
 from sender.snapshot import Keeper
-from sender.source import Shard, ShardSource, Sources, WeightSource
+from sender.source import Shard, ShardSource, WeightSource
+from sender.sources import Sources
 from sender.turns import Turns
 from shared.buckets import DEFAULT_BUCKET_BYTES, Bucket
 from shared.config import FP8BlockConfig

@@ -8,7 +8,6 @@ rounded to BF16, on their own rank before they are gathered (FSDP1: after).
 from __future__ import annotations
 
 import json
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -16,15 +15,12 @@ from typing import Any, Protocol, TypeVar
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
-from torch.distributed.tensor import DTensor
 
 from sender.hf_names import Cut, Cuts, checkpoint_cuts
 from sender.ranks import TrainerRanks
 from sender.sharding import Sharding, sharding_of
 from sender.wrappers import WIRE_DTYPES as _WIRE_DTYPES
-from sender.wrappers import Held, TensorHeld, checkpoint_tensors, refuse_foreign
+from sender.wrappers import Held, TensorHeld, checkpoint_tensors, refuse_foreign, reshard
 from shared.buckets import DTYPE_NAMES, DTYPES
 from shared.coverage import Box, overlapped, uncovered
 from shared.errors import ConfigError, PlanError
@@ -123,7 +119,7 @@ class ModuleSource:
         if not isinstance(model, nn.Module):
             raise ConfigError(f"a {type(model).__name__} is no module: for tensors by name there is push_shards")
         refuse_foreign(model)
-        _reshard(model)
+        reshard(model.modules())
         held = _by_name(checkpoint_tensors(model))
         self.cuts = checkpoint_cuts(model, {name: parameter.shape for name, (parameter, _) in held.items()})
         self._spread = [(name, owner) for name, (owner, _) in held.items() if isinstance(owner, TensorHeld)]
@@ -297,52 +293,3 @@ def _cover_problems(name: str, shape: tuple[int, ...], boxes: list[Box]) -> list
     if (twice := overlapped(shape, boxes)) is not None:
         return [f"{name}: different shards hold its part {twice}"]
     return []
-
-
-class Sources:
-    """The last source of every model, as long as the model is made of the same tensors: no name is worked out twice.
-
-    `num_ranks`: as of `ModuleSource`.
-    """
-
-    def __init__(self, num_ranks: int = 1) -> None:
-        self._num_ranks = num_ranks
-        self._known: weakref.WeakKeyDictionary[nn.Module, tuple[list[Any], ModuleSource]] = weakref.WeakKeyDictionary()
-
-    def of(self, model: nn.Module) -> ModuleSource:
-        """Raises: as `ModuleSource`."""
-        if not isinstance(model, nn.Module) or any(isinstance(module, FSDP1) for module in model.modules()):
-            return ModuleSource(model, self._num_ranks)
-        _reshard(model)
-        makeup = list(_makeup(model))
-        known = self._known.get(model)
-        if known is None or known[0] != makeup:
-            known = self._known[model] = (makeup, ModuleSource(model, self._num_ranks))
-        else:
-            known[1].renew()
-        return known[1]
-
-
-def _makeup(model: nn.Module) -> Iterator[Any]:
-    """What a source depends on. The numbers of tensors stay theirs: a source holds what it was made of."""
-    for name, module in model.named_modules():
-        yield name, type(module), getattr(module, "merged", None)
-        for tensors in (module._parameters, module._buffers):
-            for key, tensor in tensors.items():
-                if tensor is None:
-                    continue
-                yield key, id(tensor), type(tensor), tensor.dtype, tensor.shape, tensor.device
-                if isinstance(tensor, DTensor):
-                    local = tensor._local_tensor
-                    yield local.data_ptr(), local.shape, local.stride(), local.dtype, tensor.placements
-
-
-def _reshard(model: nn.Module) -> None:
-    """Give every FSDP2 module its sharded parameters back.
-
-    After a forward without backward, a module may still hold the gathered copies of before the optimizer's step
-    (the root always does, by default); reading those would push old weights.
-    """
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()

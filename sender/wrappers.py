@@ -10,11 +10,12 @@ PEFT               `base_model.model.` in front, `.base_layer` inside; adapters 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
@@ -190,3 +191,14 @@ _NOT_SUPPORTED = (
     "cannot be pushed as a model: push takes FSDP2, FSDP1, DDP and unsharded modules with Hugging Face names. "
     "Use FP8Sender.push_shards for it."
 )
+
+
+def reshard(modules: Iterable[nn.Module]) -> None:
+    """Give every FSDP2 module among them its sharded parameters back.
+
+    After a forward without backward, a module may still hold the gathered copies of before the optimizer's step (the
+    root always does, by default); reading those would push old weights.
+    """
+    for module in modules:
+        if isinstance(module, FSDPModule):
+            module.reshard()

@@ -161,7 +161,7 @@ def test_an_image_in_pieces_commits_the_same_bytes(size: int) -> None:
     packer = Packer(layout, FP8BlockConfig(), torch.device("cpu"))
     for bucket in layout.buckets:
         staging.bucket(bucket.index)[:] = packer.pack(bucket, source.gather(bucket.names))
-        staging.accept(bucket.index, sent=0, digest=lambda data, index: 1)
+        staging.accept(bucket.index, sent=0, begin=lambda data, index: lambda: 1)
     assert not staging.touched
     staging.commit()
     assert fingerprint(served) == expected(trainer)

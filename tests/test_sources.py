@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from sender.source import ModuleSource, Sources
+from sender.source import ModuleSource
+from sender.sources import Sources
 from shared.errors import ConfigError
 from tests.tiny_models import Trainer
 

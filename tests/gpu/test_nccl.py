@@ -114,12 +114,13 @@ def test_a_peer_that_dies_is_named_at_once(plane: NcclSender, peer: Peer) -> Non
 
 
 def test_a_peer_that_stops_is_waited_for_until_the_deadline(plane: NcclSender, peer: Peer) -> None:
+    buckets = [bucket(size) for size in SIZES]  # before: to make one synchronizes the device
     os.kill(peer.process.pid, signal.SIGSTOP)
     started = time.monotonic()
     try:
         with pytest.raises(TransferError, match="deadline"):
-            for size in SIZES:
-                plane.send(bucket(size), 1)
+            for data in buckets:
+                plane.send(data, 1)
             plane.flush()
         assert TIMEOUT_S - 1.0 < time.monotonic() - started < TIMEOUT_S + 3.0
         torch.cuda.synchronize()
