@@ -28,7 +28,7 @@ def test_planes_are_those_that_there_are(plane: Any) -> None:
     refused(r"plane=.*one of \['tcp', 'gloo', 'nccl', 'memory'\]", plane=plane)
 
 
-@pytest.mark.parametrize("plane", ["tcp", "gloo", "nccl", "memory"])
+@pytest.mark.parametrize("plane", ["tcp", "gloo", "nccl", "same_host", "memory"])
 def test_each_plane_is_taken(plane: Any) -> None:
     FP8Sender([Server().control], plane=plane).close()
 

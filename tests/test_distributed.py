@@ -180,7 +180,7 @@ def test_an_export_of_two_ranks_loads_as_a_push_would(tmp_path: Path) -> None:
 
 # ---- a server in a process of its own
 
-BOTH_PLANES = pytest.mark.parametrize("plane", ["tcp", "gloo"])
+BOTH_PLANES = pytest.mark.parametrize("plane", ["tcp", "gloo", "same_host"])
 
 
 def serve(pipe: Connection) -> None:

@@ -36,6 +36,9 @@ class ReceiveHalf(Protocol):
     def arrive(self, timeout_s: float) -> None:
         """Return when the oldest bucket that was not waited for yet is full. Not every plane works ahead."""
 
+    def release(self, timeout_s: float) -> None:
+        """Return when nobody else has the memory of buckets, which is about to be freed, between two pushes."""
+
     def interrupt(self) -> None:
         """From any thread: a wait for what the device does ends with an error, and so does what it waits for."""
 
@@ -43,7 +46,7 @@ class ReceiveHalf(Protocol):
         """Whether the sender is still there, between two pushes."""
 
     def close(self) -> None:
-        """Leave the plane. Idempotent."""
+        """Leave the plane; on return nobody writes to the memory of buckets. Idempotent."""
 
 
 def open_receiver(rendezvous: Rendezvous, rank: int) -> ReceiveHalf:
@@ -60,6 +63,10 @@ def open_receiver(rendezvous: Rendezvous, rank: int) -> ReceiveHalf:
         from shared.planes.nccl import NcclReceiver
 
         return NcclReceiver(rendezvous, rank)
+    if rendezvous.plane == "same_host":
+        from shared.planes.same_host import SameHostReceiver
+
+        return SameHostReceiver(rendezvous, rank)
     from shared.planes.distributed import GroupReceiver
 
     return GroupReceiver(rendezvous, rank)
