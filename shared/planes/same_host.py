@@ -45,6 +45,7 @@ logger = logging.getLogger(__name__)
 
 _MOST_UNDER_WAY = 2
 _POLL_S, _LOOK_S = 50e-6, 0.01
+_MOST_AHEAD = 4  # places, and pieces of memory, that a rank may have named
 _PROBE_BYTES = 512
 _END_S = 5.0
 _SETTLE_S = 1.0  # after the end of a sender's process its GPU may still carry out a copy
@@ -253,6 +254,8 @@ class _Rank:
         if said.number != self._num_places:
             raise TransferError(f"it has a place for bucket {said.number}, expected bucket {self._num_places}")
         self._num_places += 1
+        if max(len(self.places), len(self._mapped)) > _MOST_AHEAD:
+            raise TransferError("it has places for more buckets than are ever under way, or in more memory")
         if said.memory not in self._mapped:
             self._mapped[said.memory] = self._map(said)
         if said.offset + said.num_bytes > self._mapped[said.memory].num_bytes:

@@ -20,7 +20,7 @@ ON_GPU, ON_CPU = b"cuda", b"host"
 HEADER, WRITTEN, LET_GO = b"head", b"writ", b"let."
 WHAT_BYTES = 4
 TOLD_BYTES = WHAT_BYTES + HEADER_BYTES
-_SAID, _RANK = struct.Struct("<4sQQQ16s4s400s"), struct.Struct("<Q")
+_SAID, _RANK = struct.Struct("<4sQQQ16s4s600s"), struct.Struct("<Q")
 _NUMBER = struct.Struct("<QQQ")
 SAID_BYTES = _SAID.size + TAG_BYTES
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+import stat
 import struct
 import weakref
 from collections.abc import Callable
@@ -61,22 +62,26 @@ class SharedMapping:
 
     def __init__(self, where: bytes) -> None:
         process, file, inode, num_bytes = _WHERE.unpack(where)
+        path = f"/proc/{process}/fd/{file}"
         try:
-            opened = os.open(f"/proc/{process}/fd/{file}", os.O_RDWR | os.O_CLOEXEC)
+            found = os.stat(path)
         except OSError as error:
             raise TransferError(
                 f"memory of process {process} cannot be opened ({error.strerror}): with plane='same_host' trainer and "
-                "servers run as one user, in one PID namespace (containers: --pid=host, or use plane='tcp')"
+                "servers run as one user, in one PID namespace (containers: --pid=host); or use plane='tcp'"
             ) from error
+        if (found.st_ino, found.st_size) != (inode, num_bytes) or not stat.S_ISREG(found.st_mode):
+            raise TransferError(f"file {file} of process {process} is not the memory that a server made")
         try:
-            found, seals = os.fstat(opened), fcntl.fcntl(opened, fcntl.F_GET_SEALS)  # it is a memfd, and no other file
-            if (found.st_ino, found.st_size) != (inode, num_bytes) or not seals & fcntl.F_SEAL_SHRINK:
-                raise TransferError(f"file {file} of process {process} is not the memory of a server of this session")
-            mapped = mmap.mmap(opened, num_bytes)
-        except OSError as error:
-            raise TransferError(f"file {file} of process {process} is no shared memory: {error}") from error
-        finally:
-            os.close(opened)
+            opened = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                if not fcntl.fcntl(opened, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:  # on other files it is an error
+                    raise TransferError(f"file {file} of process {process} could become smaller: it is not sealed")
+                mapped = mmap.mmap(opened, num_bytes)
+            finally:
+                os.close(opened)
+        except (OSError, ValueError, OverflowError) as error:
+            raise TransferError(f"file {file} of process {process} is no memory to be shared: {error}") from error
         self._memory: torch.Tensor | None = torch.frombuffer(mapped, dtype=torch.uint8)
 
     @property
