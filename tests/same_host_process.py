@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -13,11 +14,12 @@ from shared.protocol import Rendezvous
 
 
 class Peer:
-    """A server rank that has joined `plane`, on `device` ("cpu", or the number of a GPU). Its own end is that of the
-    block.
+    """A server rank that has joined `plane`, on `device` ("cpu", or the number of a GPU) of the environment `env`.
+
+    Raises: TransferError: it could not join.
     """
 
-    def __init__(self, plane: SameHostSender, device: str, num_slots: int, sizes: list[int]) -> None:
+    def __init__(self, plane: SameHostSender, device: str, num_slots: int, sizes: list[int], **env: str) -> None:
         meeting = Rendezvous(
             plane="same_host",
             host=plane.host,
@@ -30,7 +32,9 @@ class Peer:
         )
         words = [meeting.model_dump_json(), device, str(num_slots), *map(str, sizes)]
         command = [sys.executable, "-m", "tests.same_host_peer", *words]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **env}
+        )
         try:
             plane.join(meeting)
             assert self.line() == "joined"

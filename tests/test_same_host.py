@@ -41,6 +41,9 @@ from tests.tiny_models import FakeMemory, Trainer
 
 __all__ = ["exclusive_way", "pool", "way"]
 
+# No process can open GPU memory of its own, and where there is a GPU these ranks would export that.
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="its server ranks are in this process")
+
 SIZES = [128, 1 << 20, 256, 3 << 20, 4096]
 
 
@@ -405,9 +408,13 @@ def test_a_bucket_can_be_made_where_it_goes(
     assert made is not None
     made.copy_(torch.arange(128, dtype=torch.uint8))
     assert places[0][:128].eq(made).all(), "it lies there already"
-    copies: list[torch.Tensor] = []
-    copy = torch.Tensor.copy_
-    monkeypatch.setattr(torch.Tensor, "copy_", lambda to, of: (copies.append(to), copy(to, of))[1])
+    copies, copy = list[torch.Tensor](), torch.Tensor.copy_
+
+    def noted(to: torch.Tensor, of: torch.Tensor) -> torch.Tensor:
+        copies.append(to)
+        return copy(to, of)
+
+    monkeypatch.setattr(torch.Tensor, "copy_", noted)
     plane.send(made, 1)
     monkeypatch.undo()
     assert len(copies) == 1, "to the second rank alone"
@@ -590,6 +597,31 @@ def test_bytes_that_are_spoilt_in_the_memory_are_never_served(
             assert fingerprint(server.model) == before and server.state() == "SERVING"
         sender.push(Trainer())
     assert fingerprint(server.model) == expected(Trainer())
+
+
+def test_buckets_are_packed_where_they_go(way: protocol.StagingWay, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As soon as the server has taken the bucket before; else they are packed as usual."""
+    server, rooms, room = Watched(way), list[bool](), SameHostSender.room
+
+    def wait_for_room(plane: SameHostSender, num_bytes: int) -> torch.Tensor | None:
+        if len(rooms) % 2:
+            assert soon(lambda: room(plane, num_bytes) is not None)
+        found = room(plane, num_bytes) if len(rooms) % 2 else None
+        rooms.append(found is not None)
+        return found
+
+    monkeypatch.setattr(SameHostSender, "room", wait_for_room)
+    with sender_to(server, keep_snapshot=True) as sender:
+        for seed in (1, 2):
+            report = sender.push(Trainer(seed=seed))
+            assert fingerprint(server.model) == expected(Trainer(seed=seed))
+        kept = sender._keeper._last
+        assert kept is not None and not any(shared_memory._files.get(b.data_ptr()) for b in kept.buckets)
+        late = Server(name="late")
+        sender.add_server(late.control)
+        assert sender.catch_up() == ("late",)
+        assert fingerprint(late.model) == expected(Trainer(seed=2))
+    assert len(rooms) == 2 * report.num_buckets and rooms.count(True) == report.num_buckets
 
 
 def test_several_servers_async_pushes_and_a_joiner() -> None:

@@ -5,7 +5,7 @@ A plane is opened from a `Rendezvous`, on the sender by `sender/fleet.py`, on ea
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -24,6 +24,14 @@ class SendHalf(Protocol):
 
     def close(self) -> None:
         """Leave the plane; a receiver that still waits gets an error. Idempotent."""
+
+
+@runtime_checkable
+class HasRoom(Protocol):
+    """A send half that knows where a bucket will lie."""
+
+    def room(self, num_bytes: int) -> torch.Tensor | None:
+        """Where the next bucket may be made (flat uint8), so that `send` of that very tensor copies less; or None."""
 
 
 class ReceiveHalf(Protocol):
