@@ -525,6 +525,13 @@ def test_memory_is_for_this_user_and_never_smaller() -> None:
         os.fstat(file)
 
 
+def test_memory_at_the_address_of_memory_that_is_going() -> None:
+    """Python unmaps it before it says so: meanwhile another thread may be given the address."""
+    memory = allocate(4096)
+    shared_memory._forget(memory.data_ptr(), os.dup(0))
+    shared_memory.where(memory)
+
+
 GREETING = 64
 TOLD = same_host_messages.TOLD_BYTES
 TAMPERED = [GREETING + 1, GREETING + 5, GREETING + TOLD - 1]

@@ -45,7 +45,8 @@ def allocate(num_bytes: int) -> torch.Tensor:
 
 
 def _forget(address: int, file: int) -> None:
-    _files.pop(address, None)
+    if _files.get(address) == file:  # Python unmaps first: other memory may lie there already
+        del _files[address]
     os.close(file)
 
 
