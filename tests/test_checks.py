@@ -25,7 +25,7 @@ def refused(match: str, **settings: Any) -> None:
 
 @pytest.mark.parametrize("plane", ["ucx", "TCP", "", None, ("tcp",)])
 def test_planes_are_those_that_there_are(plane: Any) -> None:
-    refused(r"plane=.*one of \['tcp', 'gloo', 'nccl', 'memory'\]", plane=plane)
+    refused(r"plane=.*one of \['tcp', 'gloo', 'nccl', 'same_host', 'memory'\]", plane=plane)
 
 
 @pytest.mark.parametrize("plane", ["tcp", "gloo", "nccl", "same_host", "memory"])
