@@ -446,6 +446,23 @@ def test_a_changed_bit_in_what_a_rank_says(at: int) -> None:
         Said.read(bytes(whole), Signer(SECRET), 0)
 
 
+def test_what_a_sender_told_before_is_worth_nothing_again() -> None:
+    mine, kind, other = Signer(SECRET), same_host_messages.WRITTEN, same_host_messages.LET_GO
+    message = same_host_messages.told(mine, kind, 3)
+    assert len(message) == same_host_messages.TOLD_BYTES
+    same_host_messages.check_told(message, mine, kind, 3)
+    for number in (2, 4):
+        with pytest.raises(TransferError, match="out of its order"):
+            same_host_messages.check_told(message, mine, kind, number)
+    for changed, signer, what in (
+        (message, Signer(OTHER), kind),
+        (message, mine, other),
+        (other + message[4:], mine, other),
+    ):
+        with pytest.raises(TransferError, match="without the signature"):
+            same_host_messages.check_told(changed, signer, what, 3)
+
+
 LIES = {
     "a number again": ([1, 1], {}, "expected bucket"),
     "a number ahead": ([2], {}, "expected bucket"),
