@@ -164,7 +164,7 @@ class Receiver:
         session = self._sessions.open(
             message,
             layout,
-            Need.of(self._model, plan, layout),
+            Need.of(self._model, plan, layout, exported=message.rendezvous.plane == "same_host"),
             lambda room: self._make_staging(self._model, plan, layout, room),
             lambda: self._join(message.rendezvous, rank),
         )

@@ -21,7 +21,8 @@ from torch import nn
 from receiver_plugin.binding import BindingPlan
 from receiver_plugin.held import destinations
 from shared.buckets import ALIGNMENT_BYTES, Layout
-from shared.errors import PlanError
+from shared.errors import PlanError, TransferError
+from shared.planes import shared_memory
 from shared.protocol import StagingChoice, StagingWay
 
 WAYS: tuple[StagingWay, ...] = ("reserved", "kv_pool", "in_place")
@@ -44,23 +45,32 @@ class Memory(Protocol):
 
 @dataclass(frozen=True)
 class Need:
-    """What a push takes on this rank: an image of `sizes` (bytes by parameter) and `Layout.window_bytes`."""
+    """What a push takes on this rank: an image of `sizes` (bytes by parameter) and `Layout.window_bytes`.
+
+    `exported`: the bucket lies in memory that another process of this host can open.
+    """
 
     sizes: dict[str, int]
     bucket_bytes: int
     device: torch.device
+    exported: bool = False
 
     @classmethod
-    def of(cls, model: nn.Module, plan: BindingPlan, layout: Layout) -> Need:
+    def of(cls, model: nn.Module, plan: BindingPlan, layout: Layout, exported: bool = False) -> Need:
         parameters = destinations(model)
         touched = dict.fromkeys([*(c.parameter for c in plan.copies), *(f.parameter for f in plan.fills)])
         device = next(iter(parameters.values())).device
         size = layout.window_bytes(num_at_once(device))
-        return cls({name: parameters[name].nbytes for name in touched}, size, device)
+        return cls({name: parameters[name].nbytes for name in touched}, size, device, exported)
 
     @property
     def image_bytes(self) -> int:
         return sum(aligned(size) for size in self.sizes.values())
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether the bucket lies in shared memory; what PyTorch has on a GPU can be exported as it is."""
+        return self.exported and self.device.type == "cpu"
 
 
 @dataclass
@@ -136,9 +146,9 @@ def enter(way: StagingWay, need: Need, memory: Memory, bucket_taken: bool = Fals
     """
     if way == "reserved" and memory.reserved is not None:
         image, bucket = memory.reserved[: need.image_bytes], memory.reserved[need.image_bytes :]
-        bucket = _own(need.bucket_bytes, need.device) if bucket_taken else bucket[: need.bucket_bytes]
+        bucket = _own_bucket(need) if bucket_taken or need.is_shared else bucket[: need.bucket_bytes]
         return Room(way, [image], bucket)
-    bucket = _own(need.bucket_bytes, need.device)
+    bucket = _own_bucket(need)
     if way == "in_place":
         return Room(way, [], bucket)
     try:
@@ -152,6 +162,15 @@ def enter(way: StagingWay, need: Need, memory: Memory, bucket_taken: bool = Fals
 def own_room(need: Need) -> Room:
     """A room of its own, of memory that nobody lends."""
     return Room("reserved", [_own(need.image_bytes, need.device)], _own(need.bucket_bytes, need.device))
+
+
+def _own_bucket(need: Need) -> torch.Tensor:
+    if not need.is_shared:
+        return _own(need.bucket_bytes, need.device)
+    try:
+        return shared_memory.allocate(need.bucket_bytes)
+    except TransferError as error:
+        raise PlanError(str(error)) from error
 
 
 def _own(num_bytes: int, device: torch.device) -> torch.Tensor:

@@ -268,6 +268,8 @@ class Session:
                     coming.append((bucket.index, sent))
                 while coming:
                     self._take(plane, transfer, *coming.popleft(), stream)
+                if self.exclusive:
+                    plane.release(transfer.remaining_s())
         except Fp8SyncError as error:
             return str(error)
         except Exception as error:

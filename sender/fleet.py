@@ -37,7 +37,7 @@ from shared.errors import (
     StaleVersionError,
     TransferError,
 )
-from shared.planes import SendHalf
+from shared.planes import HasRoom, SendHalf
 from shared.planes.memory import MemoryPlane
 from shared.planes.signing import new_secret
 
@@ -285,6 +285,11 @@ class Fleet:
         self._waiting = bucket, found
         if not bucket.is_cuda:
             self._send_waiting()
+
+    def room(self, num_bytes: int) -> torch.Tensor | None:
+        """Where the bucket that comes next may be made, on whatever device that is; or None."""
+        plane: object = self._plane
+        return plane.room(num_bytes) if isinstance(plane, HasRoom) and self._waiting is None else None
 
     def rehearse(self, bucket: torch.Tensor) -> None:
         """What `send` does on the device, to no effect."""

@@ -70,23 +70,31 @@ class Leader:
         self._fleet.rehearse(self._packed(plan, bucket, gathered))
 
     def pack(self, plan: PushPlan, bucket: Bucket, gathered: Gathered) -> torch.Tensor:
-        packed = self._packed(plan, bucket, gathered)
+        return self._checked(plan, bucket, gathered, self._fleet.room(bucket.num_bytes))
+
+    def _checked(
+        self, plan: PushPlan, bucket: Bucket, gathered: Gathered, room: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        packed = self._packed(plan, bucket, gathered, room)
         if self._fleet.checks_first:
             assert self._packer is not None
             self._packer.check_finite()
         return packed
 
-    def _packed(self, plan: PushPlan, bucket: Bucket, gathered: Gathered) -> torch.Tensor:
+    def _packed(
+        self, plan: PushPlan, bucket: Bucket, gathered: Gathered, room: torch.Tensor | None = None
+    ) -> torch.Tensor:
         if self._packer is None or self._packed_by is not plan:
             self._packer, self._packed_by = None, plan  # its memory goes first
             self._packer = Packer(plan.layout, self._config, gathered.device, plan.quantized_early)
         if bucket.index == 0:
             self._packer.begin()
-        return self._packer.pack(bucket, gathered.weights, gathered.rows)
+        into = room if room is not None and room.device == gathered.device else None
+        return self._packer.pack(bucket, gathered.weights, gathered.rows, into)
 
     def pack_into(self, packed: list[torch.Tensor], plan: PushPlan, bucket: Bucket, gathered: Gathered) -> None:
         """Quantize into a buffer of its own, complete on return: another thread reads it, on another stream."""
-        found = self.pack(plan, bucket, gathered)
+        found = self._checked(plan, bucket, gathered)
         packed.append(found if found.is_cuda else found.clone())
         if found.is_cuda:
             torch.cuda.current_stream(found.device).synchronize()

@@ -46,14 +46,20 @@ class Packer:
         self._nonfinite.zero_()
 
     def pack(
-        self, bucket: Bucket, weights: Mapping[str, torch.Tensor], rows: ReceivedRows | None = None
+        self,
+        bucket: Bucket,
+        weights: Mapping[str, torch.Tensor],
+        rows: ReceivedRows | None = None,
+        into: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """`weights` by name, `rows` of the early ones -> flat uint8 [bucket.num_bytes].
 
-        On a GPU in memory of its own, elsewhere valid until the next call.
+        `into`, if there is one; else on a GPU in memory of its own, elsewhere valid until the next call.
         """
-        packed = self._memory[: bucket.num_bytes]
-        if self._device.type == "cuda":
+        if into is not None and (into.device, into.shape) != (self._memory.device, (bucket.num_bytes,)):
+            raise ConfigError(f"bucket {bucket.index} is packed into {bucket.num_bytes} bytes on {self._memory.device}")
+        packed = into if into is not None else self._memory[: bucket.num_bytes]
+        if into is None and self._device.type == "cuda":
             packed = torch.empty(bucket.num_bytes, dtype=torch.uint8, device=self._device)
         if rows is None and len(self._late[bucket.index]) != len(bucket.entries):
             raise ConfigError(f"bucket {bucket.index}: the tensors that ranks were to quantize have not come")

@@ -12,6 +12,7 @@ from shared.errors import TransferError
 from shared.planes import SendHalf
 from shared.planes.distributed import GroupSender
 from shared.planes.nccl import NcclSender
+from shared.planes.same_host import SameHostSender
 from shared.planes.sockets import SocketSender
 
 JOIN_TIMEOUT_S = 60.0
@@ -28,7 +29,7 @@ class Listening:
 
 def _open(
     plane: wire.PlaneName, host: str, timeout_s: float, gpu: int | None
-) -> SocketSender | GroupSender | NcclSender | None:
+) -> SocketSender | GroupSender | NcclSender | SameHostSender | None:
     """None: the plane is not one that listens. Raises: TransferError: no GPU for a plane that needs one."""
     if plane == "memory":
         return None
@@ -36,6 +37,8 @@ def _open(
         if gpu is None:
             raise TransferError("plane='nccl' sends from a GPU, and there is none here")
         return NcclSender(host, timeout_s, gpu)
+    if plane == "same_host":
+        return SameHostSender(host, timeout_s, gpu)
     return (GroupSender if plane == "gloo" else SocketSender)(host, timeout_s)
 
 

@@ -68,7 +68,8 @@ class FP8Sender:
         keep_snapshot: keep what the last push sent in host memory of rank 0 (`wire_bytes` of its report; twice that
             during a push), for `catch_up`.
         plane: the data plane: `tcp`; on a network of your own `nccl`, from the current GPU of rank 0 to other GPUs, or
-            `gloo`, a tree of copies; `memory` for tests.
+            `gloo`, a tree of copies; `same_host`, where rank 0 and all servers are on one host: rank 0 writes straight
+            into memory of the servers; `memory` for tests.
         ca_file: certificates (PEM) that `https` servers are checked against, in place of the system's.
     """
 
@@ -109,7 +110,7 @@ class FP8Sender:
             strict=strict,
             staging=staging,
             quorum=quorum,
-            gpu=torch.cuda.current_device() if plane == "nccl" and torch.cuda.is_available() else None,
+            gpu=torch.cuda.current_device() if plane in ("nccl", "same_host") and torch.cuda.is_available() else None,
         )
         self._quorum, self._turns, self._keeper = quorum, Turns(timeout_s), Keeper(keep_snapshot)
         self._leader = Leader(self._fleet, self._config, bucket_bytes, self._turns, self._keeper)

@@ -36,7 +36,7 @@ CONTROL_PATH, INFO_PATH = "/fp8sync/control", "/fp8sync/info"
 LONGEST_DEADLINE_S = 24 * 3600.0
 
 DTypeName = Literal["bfloat16", "float16", "float32", "float8_e4m3fn"]
-PlaneName = Literal["tcp", "gloo", "nccl", "memory"]
+PlaneName = Literal["tcp", "gloo", "nccl", "same_host", "memory"]
 ServerState = Literal["FENCED", "SERVING", "RECEIVING", "STAGED", "PROMISED"]
 # What a commit does to requests under way: let them end, put them back and compute their prompts anew, or end them.
 Drain = Literal["wait", "retract", "abort"]

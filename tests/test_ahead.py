@@ -41,6 +41,9 @@ class Ahead:
         bucket, arrived = self._coming.popleft()
         bucket.copy_(arrived)
 
+    def release(self, timeout_s: float) -> None:
+        self._inner.release(timeout_s)
+
     def interrupt(self) -> None:
         self._inner.interrupt()
 

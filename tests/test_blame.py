@@ -57,6 +57,9 @@ class Stalling:
     def arrive(self, timeout_s: float) -> None:
         self._inner.arrive(timeout_s)
 
+    def release(self, timeout_s: float) -> None:
+        self._inner.release(timeout_s)
+
     def interrupt(self) -> None:
         self._inner.interrupt()
 

@@ -25,10 +25,10 @@ def refused(match: str, **settings: Any) -> None:
 
 @pytest.mark.parametrize("plane", ["ucx", "TCP", "", None, ("tcp",)])
 def test_planes_are_those_that_there_are(plane: Any) -> None:
-    refused(r"plane=.*one of \['tcp', 'gloo', 'nccl', 'memory'\]", plane=plane)
+    refused(r"plane=.*one of \['tcp', 'gloo', 'nccl', 'same_host', 'memory'\]", plane=plane)
 
 
-@pytest.mark.parametrize("plane", ["tcp", "gloo", "nccl", "memory"])
+@pytest.mark.parametrize("plane", ["tcp", "gloo", "nccl", "same_host", "memory"])
 def test_each_plane_is_taken(plane: Any) -> None:
     FP8Sender([Server().control], plane=plane).close()
 

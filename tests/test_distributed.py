@@ -180,7 +180,8 @@ def test_an_export_of_two_ranks_loads_as_a_push_would(tmp_path: Path) -> None:
 
 # ---- a server in a process of its own
 
-BOTH_PLANES = pytest.mark.parametrize("plane", ["tcp", "gloo"])
+IN_THIS_PROCESS = pytest.mark.skipif(torch.cuda.is_available(), reason="no process opens GPU memory of its own")
+EVERY_PLANE = pytest.mark.parametrize("plane", ["tcp", "gloo", pytest.param("same_host", marks=IN_THIS_PROCESS)])
 
 
 def serve(pipe: Connection) -> None:
@@ -231,7 +232,7 @@ def at_bucket(sender: FP8Sender, index: int, action: Callable[[], object]) -> No
     sender._fleet.send = send_after_action  # type: ignore[method-assign, assignment]
 
 
-@BOTH_PLANES
+@EVERY_PLANE
 def test_a_server_that_is_killed_mid_push_fails_the_push_and_spares_the_others(plane: protocol.PlaneName) -> None:
     victim, survivor = ServerProcess("victim"), Server(name="survivor")
     before, model = fingerprint(survivor.model), Trainer()
@@ -248,7 +249,7 @@ def test_a_server_that_is_killed_mid_push_fails_the_push_and_spares_the_others(p
     assert fingerprint(survivor.model) == expected(model)
 
 
-@BOTH_PLANES
+@EVERY_PLANE
 def test_a_session_that_is_closed_mid_push_fails_the_push(plane: protocol.PlaneName) -> None:
     server, model = Server(), Trainer()
     before = fingerprint(server.model)
@@ -262,7 +263,7 @@ def test_a_session_that_is_closed_mid_push_fails_the_push(plane: protocol.PlaneN
     assert fingerprint(server.model) == expected(model)
 
 
-@BOTH_PLANES
+@EVERY_PLANE
 def test_a_bucket_of_another_size_fails_the_push_and_not_the_server(plane: protocol.PlaneName) -> None:
     """Gloo itself ends the process in which more bytes arrive than were expected."""
     server, model = ServerProcess("server"), Trainer()
@@ -282,7 +283,7 @@ def test_a_bucket_of_another_size_fails_the_push_and_not_the_server(plane: proto
         assert sender.push(model).version == 1
 
 
-@BOTH_PLANES
+@EVERY_PLANE
 def test_a_rank_that_cannot_receive_fails_the_push_at_once(plane: protocol.PlaneName) -> None:
     """Not at its deadline, which may be minutes away."""
 
@@ -335,7 +336,7 @@ def before(caplog: pytest.LogCaptureFixture) -> Iterator[set[str]]:
     yield listening()
 
 
-@BOTH_PLANES
+@EVERY_PLANE
 def test_sockets_listen_on_loopback_only_and_are_closed(before: set[str], plane: protocol.PlaneName) -> None:
     server, opened = Server(), set[str]()
     answer = server.control._handle
@@ -362,7 +363,7 @@ def raise_out_of_memory() -> None:
     raise RuntimeError("out of memory")
 
 
-@BOTH_PLANES
+@EVERY_PLANE
 def test_a_failure_mid_push_leaves_no_threads_and_no_sockets(before: set[str], plane: protocol.PlaneName) -> None:
     server = Server()
     with make_sender(server, plane=plane) as sender:
@@ -383,7 +384,7 @@ def test_a_closed_sender_can_be_closed_again(before: set[str]) -> None:
     assert soon(lambda: not our_threads()), our_threads()
 
 
-@BOTH_PLANES
+@EVERY_PLANE
 def test_a_server_that_never_joins_the_plane_is_an_error_not_a_hang(
     before: set[str], plane: protocol.PlaneName
 ) -> None:

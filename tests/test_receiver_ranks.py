@@ -59,6 +59,9 @@ class Spoiling:
     def arrive(self, timeout_s: float) -> None:
         self._inner.arrive(timeout_s)
 
+    def release(self, timeout_s: float) -> None:
+        self._inner.release(timeout_s)
+
     def interrupt(self) -> None:
         self._inner.interrupt()
 

@@ -5,7 +5,7 @@ A plane is opened from a `Rendezvous`, on the sender by `sender/fleet.py`, on ea
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -26,6 +26,14 @@ class SendHalf(Protocol):
         """Leave the plane; a receiver that still waits gets an error. Idempotent."""
 
 
+@runtime_checkable
+class HasRoom(Protocol):
+    """A send half that knows where a bucket will lie."""
+
+    def room(self, num_bytes: int) -> torch.Tensor | None:
+        """Where the next bucket may be made (flat uint8), so that `send` of that very tensor copies less; or None."""
+
+
 class ReceiveHalf(Protocol):
     def receive(self, bucket: torch.Tensor, timeout_s: float) -> int:
         """Begin to fill `bucket` (flat uint8, of the size that was sent), which nothing reads any more.
@@ -36,6 +44,9 @@ class ReceiveHalf(Protocol):
     def arrive(self, timeout_s: float) -> None:
         """Return when the oldest bucket that was not waited for yet is full. Not every plane works ahead."""
 
+    def release(self, timeout_s: float) -> None:
+        """Return when nobody else has the memory of buckets, which is about to be freed, between two pushes."""
+
     def interrupt(self) -> None:
         """From any thread: a wait for what the device does ends with an error, and so does what it waits for."""
 
@@ -43,7 +54,7 @@ class ReceiveHalf(Protocol):
         """Whether the sender is still there, between two pushes."""
 
     def close(self) -> None:
-        """Leave the plane. Idempotent."""
+        """Leave the plane; on return nobody writes to the memory of buckets. Idempotent."""
 
 
 def open_receiver(rendezvous: Rendezvous, rank: int) -> ReceiveHalf:
@@ -60,6 +71,10 @@ def open_receiver(rendezvous: Rendezvous, rank: int) -> ReceiveHalf:
         from shared.planes.nccl import NcclReceiver
 
         return NcclReceiver(rendezvous, rank)
+    if rendezvous.plane == "same_host":
+        from shared.planes.same_host import SameHostReceiver
+
+        return SameHostReceiver(rendezvous, rank)
     from shared.planes.distributed import GroupReceiver
 
     return GroupReceiver(rendezvous, rank)

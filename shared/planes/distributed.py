@@ -117,6 +117,9 @@ class GroupReceiver:
     def arrive(self, timeout_s: float) -> None:
         """`receive` has waited already."""
 
+    def release(self, timeout_s: float) -> None:
+        """Nobody else has it."""
+
     def interrupt(self) -> None:
         """Nothing of the device waits here."""
 

@@ -123,8 +123,28 @@ class Links:
         for served in done:
             served.result()
 
+    def tell_one(self, rank: int, message: bytes, deadline: float) -> None:
+        """Send that rank alone a few bytes. Raises: TransferError: as `tell`."""
+        try:
+            _send_all(self._ranks[rank], message, deadline)
+        except (OSError, TransferError) as error:
+            raise TransferError(f"server rank {rank} left the data plane: {error}", (rank,)) from error
+
+    def hear(self, rank: int, num_bytes: int, deadline: float | None) -> bytes:
+        """What that rank says next; without a `deadline` until it says so much, or is gone. Raises: TransferError."""
+        return _receive_bytes(self._ranks[rank], num_bytes, deadline)
+
+    def stop_hearing(self, rank: int) -> None:
+        """Whoever waits in `hear` for that rank gives up, from any thread; it can still be told something."""
+        with contextlib.suppress(OSError):
+            self._ranks[rank].shutdown(socket.SHUT_RD)
+
+    def leave(self, rank: int) -> None:
+        """That rank alone. Idempotent."""
+        _end(self._ranks[rank])
+
     def gone(self) -> tuple[int, ...]:
-        """The ranks that have left. After the handshake they have nothing to say."""
+        """The ranks that have left, where they have nothing to say after the handshake."""
         return tuple(sorted(rank for rank, connection in self._ranks.items() if not _is_open(connection)))
 
     def close(self) -> None:
@@ -179,7 +199,7 @@ class Link:
             raise TransferError(f"a bucket of {announced} bytes arrived, expected {num_bytes}")
         return digest
 
-    def receive_bytes(self, num_bytes: int, deadline: float) -> bytes:
+    def receive_bytes(self, num_bytes: int, deadline: float | None) -> bytes:
         """Raises: TransferError: the sender left, or was silent until `deadline`, of `time.monotonic`."""
         return _receive_bytes(self._sender, num_bytes, deadline)
 
@@ -187,9 +207,25 @@ class Link:
         """As `receive_bytes`, into `data`."""
         _receive_into(self._sender, data, deadline)
 
+    def say(self, message: bytes, deadline: float) -> None:
+        """Send a few bytes. Raises: TransferError: the sender left, or does not take them."""
+        try:
+            _send_all(self._sender, message, deadline)
+        except OSError as error:
+            raise TransferError(f"the sender left the data plane: {error}") from error
+
     def is_open(self) -> bool:
         """Whether the sender is still there, as far as its connection tells."""
         return _is_open(self._sender)
+
+    def is_silent(self) -> bool:
+        """Whether the sender is there and has said nothing that was not received."""
+        return _is_open(self._sender, silent=True)
+
+    def finish(self) -> None:
+        """Nothing more is said from here, which the sender hears; what it says can still be received."""
+        with contextlib.suppress(OSError):
+            self._sender.shutdown(socket.SHUT_WR)
 
     def shut(self) -> None:
         """Whoever waits here gives up, from any thread."""
@@ -203,13 +239,13 @@ class Link:
 # One call moves a whole bucket outside of Python: its deadline is the kernel's, and no other thread is waited for.
 
 
-def _receive_bytes(connection: socket.socket, num_bytes: int, deadline: float) -> bytes:
+def _receive_bytes(connection: socket.socket, num_bytes: int, deadline: float | None) -> bytes:
     data = bytearray(num_bytes)
     _receive_into(connection, memoryview(data), deadline)
     return bytes(data)
 
 
-def _receive_into(connection: socket.socket, data: memoryview, deadline: float) -> None:
+def _receive_into(connection: socket.socket, data: memoryview, deadline: float | None) -> None:
     done = 0
     while done < len(data):
         _set_deadline(connection, socket.SO_RCVTIMEO, deadline)
@@ -232,17 +268,21 @@ def _send_all(connection: socket.socket, data: bytes | memoryview, deadline: flo
             done += connection.send(view[done : done + _MOST_AT_ONCE])
 
 
-def _set_deadline(connection: socket.socket, option: int, deadline: float) -> None:
-    left_s = deadline - time.monotonic()
-    if left_s <= 0:
-        raise TransferError("the data plane was silent until its deadline passed")
+def _set_deadline(connection: socket.socket, option: int, deadline: float | None) -> None:
+    left_us = 0  # without an end
+    if deadline is not None:
+        left_s = deadline - time.monotonic()
+        if left_s <= 0:
+            raise TransferError("the data plane was silent until its deadline passed")
+        left_us = int(left_s * 1e6) + 1
     connection.settimeout(None)
-    connection.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", *divmod(int(left_s * 1e6) + 1, 1_000_000)))
+    connection.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", *divmod(left_us, 1_000_000)))
 
 
-def _is_open(connection: socket.socket) -> bool:
+def _is_open(connection: socket.socket, silent: bool = False) -> bool:
+    """Whether the other side is there; and, if it is to be `silent`, has said nothing."""
     try:
-        return connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) != b""
+        return connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) != b"" and not silent
     except BlockingIOError:
         return True  # it has nothing to say
     except OSError:

@@ -205,6 +205,9 @@ class NcclReceiver:
     def arrive(self, timeout_s: float) -> None:
         self._broadcasts.finish(time.monotonic() + min(timeout_s, _MOST_ON_ITS_WAY_S))
 
+    def release(self, timeout_s: float) -> None:
+        """Nobody else has it."""
+
     def interrupt(self) -> None:
         self._link.shut()
 

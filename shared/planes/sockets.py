@@ -62,6 +62,9 @@ class SocketReceiver:
     def arrive(self, timeout_s: float) -> None:
         """`receive` has waited already."""
 
+    def release(self, timeout_s: float) -> None:
+        """Nobody else has it."""
+
     def interrupt(self) -> None:
         """Nothing of the device waits here."""
 

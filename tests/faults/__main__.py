@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tests.faults.campaign import Outcome
 
-NUM_CASES = 380  # every kind at every stage on every plane, and some of them once more
+NUM_CASES = 600  # every kind at every stage on every plane, and some of them once more
 
 
 def main() -> int:

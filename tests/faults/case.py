@@ -20,8 +20,8 @@ OF_SEVERAL = (BETWEEN, "prepare", "ask prepare")  # what only a push to several 
 BUCKETS = ("first bucket", "middle bucket", "last bucket")
 MOMENTS = ("between pushes", "while receiving", "while staged")
 
-ALL: tuple[PlaneName, ...] = ("memory", "tcp", "gloo")
-BETWEEN_PROCESSES: tuple[PlaneName, ...] = ("tcp", "gloo")
+ALL: tuple[PlaneName, ...] = ("memory", "tcp", "gloo", "same_host")
+BETWEEN_PROCESSES: tuple[PlaneName, ...] = ("tcp", "gloo", "same_host")
 # Kind of fault -> where it may strike, and on which planes.
 KINDS: dict[str, tuple[tuple[str, ...], tuple[PlaneName, ...]]] = {
     "exception": ((*PLANNING, *RECEIVING, *CHECKS, *COPYING), ALL),

@@ -36,7 +36,7 @@ def held() -> Held:
         threads=frozenset(f"{thread.name} ({thread.ident})" for thread in threading.enumerate()),
         num_native_threads=len(tasks),
         files=frozenset(file for file in files if "/proc/" not in file),
-        shared_memory=frozenset(found for found in maps if found.startswith("/dev/shm/")),
+        shared_memory=frozenset(found for found in maps if found.startswith(("/dev/shm/", "/memfd:fp8sync"))),
         children=frozenset(children),
     )
 

@@ -136,6 +136,9 @@ class FaultyHalf:
     def arrive(self, timeout_s: float) -> None:
         self._inner.arrive(timeout_s)
 
+    def release(self, timeout_s: float) -> None:
+        self._inner.release(timeout_s)
+
     def interrupt(self) -> None:
         self._inner.interrupt()
 

@@ -25,8 +25,8 @@ One to three servers of one or two ranks (threads), the product's own control ro
 them; for signals, sender or server in a process of its own. *Struck* is the server that the fault hit, *others* those
 beside it. Points that are passed on a rank: `tests/faults/case.py`. One case again: `{repeat}`.
 
-| fault | where | memory | tcp | gloo | violated | the struck push | struck | others |
-|---|---|---|---|---|---|---|---|---|
+| fault | where | memory | tcp | gloo | same_host | violated | the struck push | struck | others |
+|---|---|---|---|---|---|---|---|---|---|
 """
 REAL = """
 ## Against real SGLang servers
@@ -61,6 +61,7 @@ def _row(kind: str, stage: str, these: Sequence[Outcome]) -> str:
         str(planes["memory"] or "-"),
         str(planes["tcp"] or "-"),
         str(planes["gloo"] or "-"),
+        str(planes["same_host"] or "-"),
         f"**{violated}**" if violated else "0",
     ]
     return f"| {' | '.join([*cells, _counts(pushes), _counts(struck), _counts(others)])} |"

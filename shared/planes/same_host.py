@@ -1,0 +1,396 @@
+"""The data plane of one host: every server rank exports the memory of its bucket buffer, and the sender writes there.
+
+Ranks join over links (`shared/planes/links.py`), which stay, and carry every message, signed (`same_host_messages.py`).
+The bytes of a bucket go straight to where a server takes them from: on GPUs by CUDA IPC (`cuda_ipc.py`), else by shared
+memory (`shared_memory.py`).
+
+    once         rank -> sender    meet        my host, and a little memory for you to open
+                 sender -> rank    let go      of that: it could be opened
+    a bucket     rank -> sender    place(i)    which memory, and where in it; nothing reads there any more
+                 sender => ranks   its bytes
+                 sender -> ranks   header(i)   size and digest; it is coming
+                 sender -> ranks   written(i)  it is there
+    memory that is about to be freed
+                 rank -> sender    give back
+                 sender -> rank    let go      of all of it
+    at the end   whoever ends it shuts his direction; the last word of the sender is let go
+
+**Who may write, and until when.** A rank keeps what it has exported, whatever becomes of the push, until the sender
+says `let go`, or is dead. The sender says so when every copy that it has begun has ended and the memory is unmapped; a
+thread for each rank hears what it says, so that no rank waits for what the trainer does otherwise. A sender that is
+stopped keeps that memory for as long as it is stopped: the server goes on without it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from typing import NamedTuple, Protocol
+
+import torch
+
+from shared.errors import TransferError
+from shared.planes import cuda_ipc, shared_memory
+from shared.planes import same_host_messages as messages
+from shared.planes.links import Link, Links
+from shared.planes.same_host_messages import Said
+from shared.protocol import Rendezvous
+
+logger = logging.getLogger(__name__)
+
+_MOST_UNDER_WAY = 2
+_POLL_S, _LOOK_S = 50e-6, 0.01
+_MOST_AHEAD = 4  # places, and pieces of memory, that a rank may have named
+_PROBE_BYTES = 512
+_END_S = 5.0
+_SETTLE_S = 1.0  # after the end of a sender's process its GPU may still carry out a copy
+
+
+class _Mapping(Protocol):
+    """Memory of a server rank, in the process of the sender."""
+
+    @property
+    def num_bytes(self) -> int: ...
+
+    def write(self, bucket: torch.Tensor, offset: int) -> Callable[[], bool]: ...
+
+    def room(self, offset: int, num_bytes: int) -> torch.Tensor | None: ...
+
+    def close(self) -> None: ...
+
+
+class _Copy(NamedTuple):
+    number: int
+    bucket: torch.Tensor  # kept until all have ended
+    ends: list[Callable[[], bool]]
+
+    def ended(self) -> bool:
+        return all(end() for end in self.ends)
+
+
+class SameHostSender:
+    """Listens on `bind_host` for links; writes from GPU `gpu`, None if there is none. `timeout_s`: for one bucket."""
+
+    def __init__(self, bind_host: str, timeout_s: float, gpu: int | None = None) -> None:
+        self._timeout_s, self.gpu = timeout_s, gpu
+        self.links = Links(bind_host)
+        self.host, self.port = self.links.host, self.links.port
+        self.changed = threading.Condition()  # of what its ranks and their threads say to each other, and its lock
+        self._ranks: list[_Rank] = []
+        self._under_way: deque[_Copy] = deque()
+        self._num_sent, self._closed = 0, False
+
+    def join(self, rendezvous: Rendezvous) -> None:
+        """Raises: TransferError: not every server rank joined within `rendezvous.timeout_s`, or one is elsewhere."""
+        deadline = time.monotonic() + rendezvous.timeout_s
+        self.links.join(rendezvous)
+        ranks = [_Rank(self, number) for number in range(rendezvous.world_size - 1)]
+        for rank in ranks:
+            rank.meet(deadline)
+        self._ranks = ranks
+        for rank in ranks:
+            rank.listen()
+
+    def room(self, num_bytes: int) -> torch.Tensor | None:
+        """Where the next bucket may be made, so that `send` of that tensor copies nothing to the first rank; or None.
+
+        The rank may spoil what lies there once it was sent.
+        """
+        with self.changed:
+            if self._closed or not self._ranks or not self._ranks[0].places:
+                return None
+            return self._ranks[0].room(num_bytes)
+
+    def send(self, bucket: torch.Tensor, digest: int) -> None:
+        deadline = time.monotonic() + self._timeout_s
+        with self.changed:
+            number, self._num_sent = self._num_sent, self._num_sent + 1
+            self._wait_for_places(number, deadline)
+            places = [(rank, rank.places.popleft()) for rank in self._ranks]
+            if wrong := tuple(rank.number for rank, place in places if place.num_bytes != bucket.numel()):
+                text = f"wait for another size than the {bucket.numel()} bytes of bucket {number}"
+                raise TransferError(f"server rank(s) {list(wrong)} {text}", wrong)
+            copy = _Copy(number, bucket, [])
+            self._under_way.append(copy)
+            for rank, place in places:
+                copy.ends.append(rank.write(bucket, place))
+            self._tell(messages.HEADER + self.links.signer.header(number, bucket.numel(), digest), deadline)
+            # Memory that is not of a GPU is used again by whoever sends.
+            self._wait_for_copies(_MOST_UNDER_WAY - 1 if bucket.is_cuda else 0, deadline)
+
+    def flush(self) -> None:
+        with self.changed:
+            self._wait_for_copies(0, time.monotonic() + self._timeout_s)
+
+    def close(self) -> None:
+        """No rank hears that its memory was let go before the last copy has ended; if it never does, none hears it."""
+        with self.changed:
+            if self._closed:
+                return
+            self._closed = True
+        for rank in self._ranks:
+            self.links.stop_hearing(rank.number)
+        deadline = time.monotonic() + _END_S
+        if not all(rank.ended(deadline) for rank in self._ranks):
+            logger.error("fp8sync: copies to servers of this host do not end: their memory is not given back")
+            return
+        self.links.close()
+
+    def until_quiet(self) -> None:
+        """Return when nothing is being written. For a rank that is gone nothing is begun."""
+        while True:
+            with self.changed:
+                if all(copy.ended() for copy in self._under_way):
+                    return
+            time.sleep(_POLL_S)
+
+    # With the lock
+
+    def _wait_for_places(self, number: int, deadline: float) -> None:
+        while self._go_on(deadline) and (late := tuple(rank.number for rank in self._ranks if not rank.places)):
+            if time.monotonic() > deadline:
+                text = f"had no place for bucket {number} until the deadline passed"
+                raise TransferError(f"server rank(s) {list(late)} {text}", late)
+            self.changed.wait(_POLL_S if self._under_way else _LOOK_S)
+
+    def _wait_for_copies(self, most: int, deadline: float) -> None:
+        """Until no more than `most` are under way."""
+        while self._go_on(deadline) and len(self._under_way) > most:
+            if time.monotonic() > deadline:
+                raise TransferError(f"bucket {self._under_way[0].number} was not copied until the deadline passed")
+            self.changed.wait(_POLL_S)
+
+    def _go_on(self, deadline: float) -> bool:
+        """Tell ranks what has been written. Raises: TransferError: one is gone."""
+        self._check()
+        while self._under_way and self._under_way[0].ended():
+            number = self._under_way.popleft().number
+            self._tell(messages.told(self.links.signer, messages.WRITTEN, number), deadline)
+        return True
+
+    def _check(self) -> None:
+        if self._closed or not self._ranks:
+            raise TransferError("the data plane is closed")
+        if gone := {rank.number: rank.gone for rank in self._ranks if rank.gone is not None}:
+            why = "; ".join(sorted(set(gone.values())))
+            raise TransferError(f"server rank(s) {list(gone)} left the data plane: {why}", tuple(gone))
+
+    def _tell(self, message: bytes, deadline: float) -> None:
+        try:
+            self.links.tell(message, deadline=deadline)
+        except TransferError:
+            self.changed.wait_for(lambda: any(rank.gone is not None for rank in self._ranks), 1.0)
+            self._check()  # it may have said why
+            raise
+
+
+class _Rank:
+    """A server rank, as the sender has it. A thread of its own hears what it says, and lets go of its memory."""
+
+    def __init__(self, plane: SameHostSender, number: int) -> None:
+        self._plane, self._links, self.number = plane, plane.links, number
+        self.places: deque[Said] = deque()  # for the next buckets; with the lock of the plane, like `gone`
+        self.gone: str | None = None
+        self._mapped: dict[bytes, _Mapping] = {}
+        self._num_places = self._num_let_go = 0
+        self._thread = threading.Thread(target=self._hear_all, name=f"fp8sync-hear-{number}", daemon=True)
+
+    def meet(self, deadline: float) -> None:
+        """Raises: TransferError: it is not on this host, or its memory cannot be opened."""
+        try:
+            said = self._hear(deadline)
+            if said.what != messages.MEET:
+                raise TransferError(said.text if said.what == messages.CANNOT else "it does not say where it is")
+            if said.memory != messages.this_host():
+                raise TransferError("it is on another host than rank 0 of the trainer: use plane='nccl' or plane='tcp'")
+            self._map(said).close()
+            self._let_go(deadline)
+        except TransferError as error:
+            raise TransferError(f"server rank {self.number} cannot join: {error}", (self.number,)) from error
+
+    def listen(self) -> None:
+        self._thread.start()
+
+    def ended(self, deadline: float) -> bool:
+        """Whether its thread has, by `deadline`."""
+        self._thread.join(max(0.0, deadline - time.monotonic()))
+        return not self._thread.is_alive()
+
+    def room(self, num_bytes: int) -> torch.Tensor | None:
+        place = self.places[0]
+        fits = place.num_bytes == num_bytes and place.memory in self._mapped
+        return self._mapped[place.memory].room(place.offset, num_bytes) if fits else None
+
+    def write(self, bucket: torch.Tensor, place: Said) -> Callable[[], bool]:
+        return self._mapped[place.memory].write(bucket, place.offset)
+
+    def _hear_all(self) -> None:
+        try:
+            while True:
+                self._note(self._hear(None))
+        except TransferError as error:
+            why = str(error)
+        except Exception as error:
+            logger.exception("fp8sync: what server rank %d said could not be followed", self.number)
+            why = f"{type(error).__name__}: {error}"
+        with self._plane.changed:
+            self.gone = why
+            self._plane.changed.notify_all()
+        with suppress(TransferError):
+            self._let_go(time.monotonic() + _END_S)
+        self._links.leave(self.number)
+
+    def _note(self, said: Said) -> None:
+        if said.what == messages.GIVE_BACK:
+            self._let_go(time.monotonic() + _END_S)
+            return
+        if said.what != messages.PLACE:
+            raise TransferError(said.text if said.what == messages.CANNOT else f"it said {said.what!r}")
+        if said.number != self._num_places:
+            raise TransferError(f"it has a place for bucket {said.number}, expected bucket {self._num_places}")
+        self._num_places += 1
+        if max(len(self.places), len(self._mapped)) > _MOST_AHEAD:
+            raise TransferError("it has places for more buckets than are ever under way, or in more memory")
+        if said.memory not in self._mapped:
+            self._mapped[said.memory] = self._map(said)
+        if said.offset + said.num_bytes > self._mapped[said.memory].num_bytes:
+            raise TransferError(f"its place for bucket {said.number} is not in its memory")
+        with self._plane.changed:
+            self.places.append(said)
+            self._plane.changed.notify_all()
+
+    def _map(self, said: Said) -> _Mapping:
+        if said.kind == messages.ON_GPU:
+            return cuda_ipc.CudaMapping(said.where[: cuda_ipc.WHERE_BYTES], self._plane.gpu)
+        return shared_memory.SharedMapping(said.where[: shared_memory.WHERE_BYTES])
+
+    def _let_go(self, deadline: float) -> None:
+        """Of all its memory."""
+        self._plane.until_quiet()
+        for mapping in self._mapped.values():
+            mapping.close()
+        self._mapped.clear()
+        message = messages.told(self._links.signer, messages.LET_GO, self._num_let_go)
+        self._num_let_go += 1
+        with self._plane.changed:  # one message after the other
+            self._links.tell_one(self.number, message, deadline)
+
+    def _hear(self, deadline: float | None) -> Said:
+        return Said.read(self._links.hear(self.number, messages.SAID_BYTES, deadline), self._links.signer, self.number)
+
+
+class _Exported(NamedTuple):
+    """Memory that the sender may write to. `memory`: all of it, kept until the sender has let go."""
+
+    memory: torch.Tensor
+    name: bytes
+    kind: bytes
+    where: bytes
+
+
+class SameHostReceiver:
+    """Server rank `rank`: joins the sender and lets it write."""
+
+    def __init__(self, rendezvous: Rendezvous, rank: int) -> None:
+        deadline = time.monotonic() + rendezvous.timeout_s
+        self._link, self._rank = Link(rendezvous, rank), rank
+        self._exported: dict[int, _Exported] = {}  # by address
+        self._told: dict[bytes, deque[bytes]] = {
+            what: deque() for what in (messages.HEADER, messages.WRITTEN, messages.LET_GO)
+        }
+        self._num_received = self._num_written = self._num_let_go = 0
+        try:
+            self._meet(deadline)
+        except BaseException:
+            self.close()
+            raise
+
+    def receive(self, bucket: torch.Tensor, timeout_s: float) -> int:
+        deadline = time.monotonic() + timeout_s
+        number, self._num_received = self._num_received, self._num_received + 1
+        found = self._export(bucket, deadline)
+        offset = bucket.data_ptr() - found.memory.data_ptr()
+        self._say(Said(messages.PLACE, number, bucket.numel(), offset, found.name, found.kind, found.where), deadline)
+        size, digest = self._link.signer.read_header(self._hear(messages.HEADER, deadline), number)
+        if size != bucket.numel():
+            raise TransferError(f"a bucket of {size} bytes arrived, expected {bucket.numel()}")
+        return digest
+
+    def arrive(self, timeout_s: float) -> None:
+        self._hear_number(messages.WRITTEN, self._num_written, time.monotonic() + timeout_s)
+        self._num_written += 1
+
+    def release(self, timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        self._say(Said(messages.GIVE_BACK), deadline)
+        self._hear_let_go(deadline)
+
+    def interrupt(self) -> None:
+        """The sender lets go, and then whoever waits here hears that it is over."""
+        self._link.finish()
+
+    def alive(self) -> bool:
+        return self._link.is_silent()  # all that a sender can say between pushes is that it lets go
+
+    def close(self) -> None:
+        """Waits for the sender to let go, for as long as it takes."""
+        self._link.finish()
+        if self._exported:
+            on_gpu = any(found.kind == messages.ON_GPU for found in self._exported.values())
+            try:
+                self._hear_let_go(None)
+            except TransferError:  # it died
+                time.sleep(_SETTLE_S if on_gpu else 0.0)
+            self._exported.clear()
+        self._link.close()
+
+    def _meet(self, deadline: float) -> None:
+        """Raises: TransferError: the sender is on another host, or cannot open memory of this process."""
+        if torch.cuda.is_initialized():  # that is where the model of this process is
+            probe = torch.empty(_PROBE_BYTES, dtype=torch.uint8, device="cuda")
+        else:
+            probe = shared_memory.allocate(_PROBE_BYTES)
+        found = self._export(probe, deadline)
+        self._say(Said(messages.MEET, memory=messages.this_host(), kind=found.kind, where=found.where), deadline)
+        self._hear_let_go(deadline)
+
+    def _export(self, bucket: torch.Tensor, deadline: float) -> _Exported:
+        """The memory in which `bucket` lies. Raises: TransferError: it cannot be exported; the sender is told."""
+        address = bucket.untyped_storage().data_ptr()
+        if address in self._exported:
+            return self._exported[address]
+        memory = bucket.new_empty(0).set_(bucket.untyped_storage())
+        try:
+            kind = messages.ON_GPU if memory.is_cuda else messages.ON_CPU
+            where = cuda_ipc.where(memory) if memory.is_cuda else shared_memory.where(memory)
+        except TransferError as error:
+            self._say(Said(messages.CANNOT, where=str(error).encode()), deadline)
+            raise
+        self._exported[address] = _Exported(memory, uuid.uuid4().bytes, kind, where)
+        return self._exported[address]
+
+    def _say(self, said: Said, deadline: float) -> None:
+        self._link.say(said.signed(self._link.signer, self._rank), deadline)
+
+    def _hear_let_go(self, deadline: float | None) -> None:
+        self._hear_number(messages.LET_GO, self._num_let_go, deadline)
+        self._num_let_go += 1
+        self._exported.clear()
+
+    def _hear_number(self, what: bytes, number: int, deadline: float | None) -> None:
+        messages.check_told(what + self._hear(what, deadline), self._link.signer, what, number)
+
+    def _hear(self, what: bytes, deadline: float | None) -> bytes:
+        """The next thing of that kind that the sender tells, without the kind; things of other kinds are kept."""
+        while not self._told[what]:
+            told = self._link.receive_bytes(messages.TOLD_BYTES, deadline)
+            kind = told[: messages.WHAT_BYTES]
+            if kind not in self._told:
+                raise TransferError("the sender told something that is no message of this plane")
+            self._told[kind].append(told[messages.WHAT_BYTES :])
+        return self._told[what].popleft()
