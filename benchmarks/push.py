@@ -174,17 +174,17 @@ class Run:
 
 def ours(run: Run, server: LocalServer, trainer: Trainer, wanted: dict[str, str]) -> None:
     chosen, proof = run.chosen, partial(check, server, wanted)
-    for staging, mib in product(chosen.staging, chosen.bucket_mib):
-        way = Way(chosen.plane, staging, mib << 20)
+    for plane, staging, mib in product(chosen.plane, chosen.staging, chosen.bucket_mib):
+        way = Way(plane, staging, mib << 20)
         measured = partial(push_row, way, server.url, trainer, run.config, chosen.pushes, run.device)
         run.row(str(way), measured, proof)
     few, bucket_bytes = min(chosen.pushes, FEW_PUSHES), chosen.bucket_mib[0] << 20
-    way = Way(chosen.plane, chosen.staging[0], bucket_bytes)
+    way = Way(chosen.plane[0], chosen.staging[0], bucket_bytes)
     both = partial(async_rows, way, server.url, trainer, run.config, few, run.device)
     run.row(f"push_async, {way}", both, proof)
     run.row(GRAPH, partial(Row, way=GRAPH), partial(graph_serves, way, server, trainer, run.config), proof)
     for num_streams, in_flight in product(chosen.load, chosen.in_flight):
-        way = Way(chosen.plane, "reserved", bucket_bytes, in_flight)
+        way = Way(chosen.plane[0], "reserved", bucket_bytes, in_flight)
         under_load = partial(load_row, way, server, trainer, run.config, few, num_streams, chosen.load_tokens)
         run.row(f"{way}, {in_flight}, {num_streams} streams", under_load, proof)
 
@@ -193,7 +193,7 @@ def fsdp(run: Run, server: LocalServer, trainer: Trainer, wanted: dict[str, str]
     """The last of all: the trainer is gone afterwards."""
     trainer.free()
     chosen, bucket_bytes = run.chosen, run.chosen.bucket_mib[0] << 20
-    way = Way(chosen.plane, "in_place", bucket_bytes)
+    way = Way(chosen.plane[0], "in_place", bucket_bytes)
     name = f"{chosen.label}-fsdp"
     at = chosen.out / "logs" / f"{name}-row.json"
     job = job_of(chosen.model, chosen.layers, chosen.experts, way, server.url, chosen.pushes, at)
@@ -246,7 +246,7 @@ def measure_limits(run: Run) -> None:
 
 def main() -> int:
     chosen = arguments(__doc__)
-    os.environ.update(NCCL, CUDA_VISIBLE_DEVICES=chosen.gpus[0])  # before anything asks for a GPU
+    os.environ.update(NCCL, CUDA_VISIBLE_DEVICES=",".join(dict.fromkeys(chosen.gpus)))  # before anything asks for a GPU
     run = Run(chosen)
     (chosen.out / "logs").mkdir(parents=True, exist_ok=True)
     run.watch()

@@ -29,7 +29,7 @@ def arguments(description: str | None, words: Sequence[str] | None = None) -> ar
     parser.add_argument("--experts", type=int, help="so many experts in place of the model's")
     parser.add_argument("--out", type=Path, required=True, help="folder for figures (JSON) and the servers' logs")
     parser.add_argument("--label", help="of its files there; default: the model, and its layers and experts if given")
-    parser.add_argument("--plane", choices=get_args(PlaneName), default="nccl")
+    parser.add_argument("--plane", nargs="+", choices=get_args(PlaneName), default=["nccl"], help="a row for each")
     parser.add_argument("--bucket-mib", type=int, nargs="+", default=[256], help="a row for each")
     parser.add_argument("--staging", nargs="+", choices=["reserved", "in_place"], default=["reserved", "in_place"])
     parser.add_argument("--pushes", type=int, default=5, help="after the first, of every way of ours")

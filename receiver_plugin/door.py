@@ -125,14 +125,6 @@ class Door:
         return await self._failed("its door is not held for this version, or no longer; nothing was touched")
 
     async def commit(self, message: wire.Commit) -> wire.Reply:
-        """What is still on its way is waited for with the door open."""
-        while (reply := await self._commit(message)).still_coming:
-            staged = await self._staged(message)
-            if staged.error is not None:
-                return staged
-        return reply
-
-    async def _commit(self, message: wire.Commit) -> wire.Reply:
         """Of several replicas none commits before all have said that they can."""
         if message.held:
             async with self._committing:
@@ -145,9 +137,13 @@ class Door:
 
         several = self._channel.num_replicas > 1
         if message.digests is not None and (several or (self._channel.busy and message.in_flight != "keep")):
-            reply = await self._staged(message)  # no request has to end for a push that did not arrive
+            # No request has to end for a push that did not arrive.
+            verify = wire.Verify(session=message.session, version=message.version, digests=message.digests)
+            reply = await self._ask(verify)
             if reply.error is not None:
                 return reply
+            if reply.state == "RECEIVING":
+                return await self._failed("its bytes are still on their way; nothing was touched", "StillComingError")
 
         async def commit(deadline: float) -> wire.Reply:
             if several:
@@ -160,15 +156,6 @@ class Door:
             return await self._pass(message, commit)
         async with AsyncExitStack() as opening:
             return await self._shut(opening, message, message.in_flight, commit)
-
-    async def _staged(self, commit: wire.Commit) -> wire.Reply:
-        deadline = time.monotonic() + commit.drain_s
-        verify = wire.Verify(session=commit.session, version=commit.version, digests=commit.digests or ())
-        while (reply := await self._ask(verify)).error is None and reply.state == "RECEIVING":
-            if time.monotonic() > deadline:
-                return await self._failed(f"it was still receiving after {commit.drain_s:.0f} s; nothing was touched")
-            await asyncio.sleep(_DRAIN_POLL_S)
-        return reply
 
     async def hold(self, message: wire.Hold) -> wire.Reply:
         """Shut the door and keep it shut, if the schedulers say that they could commit."""
@@ -324,8 +311,8 @@ class Door:
             reply = await self._ask(message)
         return reply
 
-    async def _failed(self, text: str) -> wire.Reply:
-        error = wire.WireError(kind="CommitError", message=text)
+    async def _failed(self, text: str, kind: str = "CommitError") -> wire.Reply:
+        error = wire.WireError(kind=kind, message=text)
         return (await self._ask(wire.Describe())).model_copy(update={"error": error, "info": None})
 
 
@@ -342,4 +329,4 @@ def _prepare(message: wire.Commit | wire.Hold) -> wire.Prepare:
 
 
 def _still_running(reply: wire.Reply) -> bool:
-    return reply.error is not None and reply.error.kind == "ServerBusyError" and not reply.still_coming
+    return reply.error is not None and reply.error.kind == "ServerBusyError"

@@ -30,6 +30,7 @@ _STATUS = {
     "PlanError": 422,
     "IncompatibleServerError": 422,
     "ServerBusyError": 409,
+    "StillComingError": 409,
     "SessionLostError": 409,
     "StaleVersionError": 409,
 }

@@ -42,6 +42,7 @@ from shared.errors import (
     ServerBusyError,
     SessionLostError,
     StaleVersionError,
+    StillComingError,
 )
 from shared.planes import ReceiveHalf, open_receiver
 
@@ -232,12 +233,7 @@ class Receiver:
             self._prepare_to_begin(session, message.version, idle)
             return {}
         transfer = session.transfer_of(message.version)
-
-        def check() -> None:
-            self._check_safe()
-            self._ready_to_commit(session, transfer, message.in_flight, idle)
-
-        collect(self._ranks, check)
+        collect(self._ranks, lambda: self._ready_to_commit(session, transfer, message.in_flight, idle))
         if message.promise:
             transfer.promise(message.hold_s)
         else:
@@ -256,7 +252,7 @@ class Receiver:
         transfer = session.transfer_of(message.version)
         if message.digests is not None and not transfer.verified:
             if not all(gather(self._ranks, transfer.done.wait(_LAST_BUCKET_S))):
-                raise ServerBusyError(f"version {message.version} is still on its way; nothing was touched")
+                raise StillComingError(f"version {message.version} is still on its way; nothing was touched")
             self._stage(transfer, message.digests)
         collect(self._ranks, lambda: self._ready_to_commit(session, transfer, message.in_flight, idle=True))
         self._fence = f"version {message.version} was copied in part only"  # until every rank says otherwise
@@ -276,6 +272,7 @@ class Receiver:
         return {}
 
     def _ready_to_commit(self, session: Session, transfer: Transfer, in_flight: wire.InFlight, idle: bool) -> None:
+        self._check_safe()
         self._check_incarnation(self._planned_for)
         if not transfer.verified:
             raise CommitError(f"version {transfer.version} is not staged; nothing was touched")
@@ -297,7 +294,6 @@ class Receiver:
         with torch.inference_mode():
             staging.commit()
             self._engine.derived.refresh(staging.plan.calls)
-        self._check_safe()  # while a GPU copies: it takes about as long, and requests stand still
         self._engine.synchronize()
 
     def _abort(self, message: wire.Abort) -> dict[str, Any]:

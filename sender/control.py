@@ -89,11 +89,7 @@ class InProcessControl:
         self.name, self._handle = name, handle
 
     def call(self, message: BaseModel, timeout_s: float) -> Reply:
-        decoded, deadline = decode_message(message.model_dump_json()), time.monotonic() + timeout_s
-        while (
-            (reply := self._handle(decoded)).still_coming and decoded.kind == "commit" and time.monotonic() < deadline
-        ):
-            time.sleep(0.001)  # as the door of a server does
+        reply = self._handle(decode_message(message.model_dump_json()))
         return checked(self.name, Reply.model_validate_json(reply.model_dump_json()))
 
     def local_host(self) -> str:

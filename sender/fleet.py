@@ -35,6 +35,7 @@ from shared.errors import (
     ServerUnreachableError,
     SessionLostError,
     StaleVersionError,
+    StillComingError,
     TransferError,
 )
 from shared.planes import HasRoom, SendHalf
@@ -320,8 +321,10 @@ class Fleet:
         """
         self._send_waiting()
         self._with_blame(lambda plane: plane.flush())
-        if self._commits_unasked:
-            return
+        if not self._commits_unasked:
+            self._until_staged()
+
+    def _until_staged(self) -> None:
         deadline, pause = time.monotonic() + self._timeout_s, _POLL_S
         message = self._question()
         while True:
@@ -356,7 +359,12 @@ class Fleet:
         self._transaction = Transaction(
             self._servers, self._doors, self._session, self._version, self._timeout_s, self._in_flight, self._strict
         )
-        skew_s = self._transaction.commit(tuple(self._digests) if self._commits_unasked else None)
+        try:
+            skew_s = self._transaction.commit(tuple(self._digests) if self._commits_unasked else None)
+        except StillComingError:
+            self._transaction.decided = False
+            self._until_staged()
+            skew_s = self._transaction.commit()
         self._newest = self._version
         return skew_s
 

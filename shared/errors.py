@@ -64,6 +64,10 @@ class ServerBusyError(PushError):
     """Another sender is in the middle of a push to this server."""
 
 
+class StillComingError(PushError):
+    """A server was to commit what has not all arrived yet. The sender waits and asks again; no push ends with it."""
+
+
 class SessionLostError(PushError):
     """The server restarted, or another sender took over, since this sender planned. The next push plans anew."""
 
@@ -113,6 +117,7 @@ _BY_NAME: dict[str, type[Fp8SyncError]] = {
         ServerUnreachableError,
         UnauthorizedError,
         ServerBusyError,
+        StillComingError,
         SessionLostError,
         StaleVersionError,
         TransferError,

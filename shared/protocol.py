@@ -257,11 +257,6 @@ class Reply(WireModel):
     staging: StagingWay | None = None
     probe: tuple[dict[str, str], ...] | None = None
 
-    @property
-    def still_coming(self) -> bool:
-        """Whether a commit has to wait for bytes of its push."""
-        return self.error is not None and self.error.kind == "ServerBusyError" and self.state == "RECEIVING"
-
 
 _MESSAGE: TypeAdapter[Any] = TypeAdapter(ControlMessage)
 

@@ -93,7 +93,7 @@ def test_the_door_is_shut_before_the_first_byte_and_opens_after_the_commit(exclu
     with made(server) as sender:
         sender.push(Trainer())
         order = push_kinds(server.kinds)
-    assert order == ["hold", "begin", "verify", "commit", "release"]
+    assert order == ["hold", "begin", "commit", "release"]
 
 
 def test_reserved_memory_needs_no_hold() -> None:
@@ -163,7 +163,7 @@ def test_a_transfer_gives_its_memory_back(exclusive_way: StagingWay) -> None:
     buckets: list[weakref.ref[Staging]] = []
 
     def note(message: Any) -> None:
-        if message.kind == "verify" and server.receiver._session is not None:
+        if message.kind == "commit" and server.receiver._session is not None:
             buckets.append(weakref.ref(server.receiver._session.staging))
 
     server.on_message = note

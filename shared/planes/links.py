@@ -248,8 +248,8 @@ def _receive_bytes(connection: socket.socket, num_bytes: int, deadline: float | 
 def _receive_into(connection: socket.socket, data: memoryview, deadline: float | None) -> None:
     done = 0
     while done < len(data):
-        _set_deadline(connection, socket.SO_RCVTIMEO, deadline)
         try:
+            _set_deadline(connection, socket.SO_RCVTIMEO, deadline)
             num = connection.recv_into(data[done : done + _MOST_AT_ONCE], flags=socket.MSG_WAITALL)
         except BlockingIOError:
             continue  # the deadline passed: said above
