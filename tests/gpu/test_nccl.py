@@ -101,12 +101,13 @@ def test_buckets_arrive_as_they_are(plane: NcclSender, peer: Peer) -> None:
 
 
 def test_a_peer_that_dies_is_named_at_once(plane: NcclSender, peer: Peer) -> None:
-    plane.send(bucket(SIZES[0]), 1)
+    first, *others = [bucket(size) for size in SIZES]  # before: to make one synchronizes the device
+    plane.send(first, 1)
     peer.process.kill()
     started = time.monotonic()
     with pytest.raises(TransferError) as caught:
-        for size in SIZES[1:]:
-            plane.send(bucket(size), 1)
+        for data in others:
+            plane.send(data, 1)
         plane.flush()
     assert caught.value.ranks == (0,)
     assert time.monotonic() - started < 2.0
@@ -114,7 +115,7 @@ def test_a_peer_that_dies_is_named_at_once(plane: NcclSender, peer: Peer) -> Non
 
 
 def test_a_peer_that_stops_is_waited_for_until_the_deadline(plane: NcclSender, peer: Peer) -> None:
-    buckets = [bucket(size) for size in SIZES]  # before: to make one synchronizes the device
+    buckets = [bucket(size) for size in SIZES]
     os.kill(peer.process.pid, signal.SIGSTOP)
     started = time.monotonic()
     try:
