@@ -102,7 +102,7 @@ def draw(seed: int) -> Case:
     num_servers, tp_size = dice.choice((1, 2, 3)), dice.choice((1, 1, 2))
     if kind == "rank lost":
         tp_size = 2
-    if stage in OF_SEVERAL or kind in ("commit after its promise", "joiner"):
+    if stage in (*OF_SEVERAL, "verify") or kind in ("commit after its promise", "joiner"):  # one alone hears no verify
         num_servers = max(2, num_servers)
     if kind.endswith("quorum"):
         num_servers = 3

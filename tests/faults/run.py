@@ -92,7 +92,7 @@ class Run:
         self.new_sender()
         if case.warm:
             self.push(self.new_seed())
-        if case.stage.split()[-1] in (*PLANNING, "open"):
+        if case.stage.split()[-1] in ("describe", *PLANNING, "open"):  # a session that is open needs none
             self.sender.close()
             self.new_sender()
         else:
