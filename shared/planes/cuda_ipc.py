@@ -21,6 +21,7 @@ _HANDLE_BYTES, _UUID_BYTES = 64, 36
 _WHERE = struct.Struct(f"<{_HANDLE_BYTES}s{_UUID_BYTES}sQQ")  # handle, GPU, first byte in the allocation, size
 WHERE_BYTES = _WHERE.size
 _LAZY_PEER_ACCESS = 1
+_ALREADY = 704  # cudaErrorPeerAccessAlreadyEnabled
 _DEFAULT = 4  # cudaMemcpyDefault: the driver knows on which device an address lies
 
 
@@ -46,6 +47,7 @@ def _runtime() -> ctypes.CDLL:
     library.cudaIpcGetMemHandle.argtypes = (ctypes.POINTER(_Handle), pointer)
     library.cudaIpcOpenMemHandle.argtypes = (ctypes.POINTER(pointer), _Handle, ctypes.c_uint)
     library.cudaIpcCloseMemHandle.argtypes = (pointer,)
+    library.cudaDeviceEnablePeerAccess.argtypes = (integer, ctypes.c_uint)
     library.cudaMemcpyAsync.argtypes = (pointer, pointer, ctypes.c_size_t, integer, pointer)
     return library
 
@@ -139,6 +141,12 @@ class CudaMapping:
             raise TransferError(
                 f"GPU {self._gpu} of the trainer cannot write to GPU {theirs}: use plane='nccl' or 'tcp'"
             )
+        if theirs != self._gpu:  # memory that is opened lazily would be copied to by way of the host
+            with torch.cuda.device(self._gpu):
+                result = _runtime().cudaDeviceEnablePeerAccess(theirs, 0)
+                wrong = _said(result)
+            if wrong is not None and result != _ALREADY:
+                raise TransferError(f"GPU {self._gpu} of the trainer cannot reach GPU {theirs}: {wrong}")
 
     def write(self, bucket: torch.Tensor, offset: int) -> Callable[[], bool]:
         """Begin to copy `bucket` (flat uint8, whole by now) there; what is returned says whether that has ended.
