@@ -48,7 +48,7 @@ from shared.planes import ReceiveHalf, open_receiver
 
 logger = logging.getLogger(__name__)
 
-_LAST_BUCKET_S = 0.02  # between its arrival here and its place in the staging
+_LAST_BUCKET_S = 0.005  # between its arrival here and its place in the staging
 
 
 class Receiver:

@@ -193,8 +193,8 @@ class Session:
         """No kernel waits for the sender on return: whoever synchronizes the device next would wait with it."""
         if self._plane is not None and not transfer.done.is_set():
             self._plane.interrupt()
-            if self._device.type == "cuda":
-                transfer.done.wait(_INTERRUPT_S)
+            if self._device.type == "cuda" and not transfer.done.wait(_INTERRUPT_S):
+                logger.error("fp8sync: the thread that receives did not end: a kernel of it may keep this GPU waiting")
 
     def close(self) -> None:
         """Free the staging for the next session and stop the thread.
