@@ -126,6 +126,15 @@ class Door:
 
     async def commit(self, message: wire.Commit) -> wire.Reply:
         """Of several replicas none commits before all have said that they can."""
+        several = self._channel.num_replicas > 1
+        waits = self._channel.busy and message.in_flight != "keep" and not message.held
+        if message.digests is not None and (several or waits):  # no request has to end for what did not arrive
+            verify = wire.Verify(session=message.session, version=message.version, digests=message.digests)
+            reply = await self._ask(verify)
+            if reply.error is not None:
+                return reply
+            if reply.state == "RECEIVING":
+                return await self._failed("its bytes are still on their way; nothing was touched", "StillComingError")
         if message.held:
             async with self._committing:
                 if self._is_held_for(message.session, message.version):
@@ -134,16 +143,6 @@ class Door:
         await self._open_if_given_up()
         if self._held is not None:
             return await self._failed(f"its door is held for version {self._held.version}; nothing was touched")
-
-        several = self._channel.num_replicas > 1
-        if message.digests is not None and (several or (self._channel.busy and message.in_flight != "keep")):
-            # No request has to end for a push that did not arrive.
-            verify = wire.Verify(session=message.session, version=message.version, digests=message.digests)
-            reply = await self._ask(verify)
-            if reply.error is not None:
-                return reply
-            if reply.state == "RECEIVING":
-                return await self._failed("its bytes are still on their way; nothing was touched", "StillComingError")
 
         async def commit(deadline: float) -> wire.Reply:
             if several:

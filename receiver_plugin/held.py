@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from itertools import chain
-from operator import is_
+from operator import attrgetter, is_
 from typing import TypeVar
 
 import torch
 from torch import nn
 
 Item = TypeVar("Item")
+
+_held = attrgetter("_modules", "_parameters", "_buffers")
 
 
 def modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -55,19 +57,23 @@ class Places:
     def __init__(self, model: nn.Module, tensors: Iterable[torch.Tensor]) -> None:
         self._tensors = list(tensors)
         wanted = set(map(id, self._tensors))
+        self._modules = list(model.modules())
+        self._all = list(map(id, chain.from_iterable(map(_held, self._modules))))
         self._mappings: list[dict[str, object]] = []
         self._keys: list[str] = []
         self._items: list[object] = []
-        for module in model.modules():
-            for mapping in (module._modules, module._parameters, module._buffers):
+        for module in self._modules:
+            for mapping in _held(module):
                 for key, item in mapping.items():
                     if isinstance(item, nn.Module) or id(item) in wanted:
-                        self._mappings.append(mapping)  # type: ignore[arg-type]
+                        self._mappings.append(mapping)
                         self._keys.append(key)
                         self._items.append(item)
         self._addresses = list(map(torch.Tensor.data_ptr, self._tensors))
 
     def hold(self) -> bool:
         """Whether the model still has all of them, at the same addresses."""
+        if self._all != list(map(id, chain.from_iterable(map(_held, self._modules)))):
+            return False
         found = map(dict.get, self._mappings, self._keys)
         return all(map(is_, found, self._items)) and self._addresses == list(map(torch.Tensor.data_ptr, self._tensors))

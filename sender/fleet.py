@@ -249,9 +249,12 @@ class Fleet:
         return self._newest
 
     def begin_early(self, version: int) -> None:
-        """`begin`, if a session is open, on a thread of its own; `survey` waits for it."""
+        """`begin`, if a session is open, on a thread of its own; `survey` waits for it.
+
+        Not where requests would have to end for it: the trainer has not yet looked at its own model.
+        """
         self._forget_push()
-        if self.is_open:
+        if self.is_open and set(self.staging.values()) == {"reserved"}:
             self._early = self._servers.on_a_thread(lambda: self.begin(version))
 
     def begin(self, version: int) -> None:
@@ -365,6 +368,9 @@ class Fleet:
             self._transaction.decided = False
             self._until_staged()
             skew_s = self._transaction.commit()
+        except TransferError:  # of a commit that verifies: before anything was copied
+            self._transaction.decided = False
+            raise
         self._newest = self._version
         return skew_s
 
@@ -391,15 +397,18 @@ class Fleet:
     def fail(self, reason: BaseException) -> None:
         """After any failure: every server forgets the push, and the next push opens a new session."""
         self._waiting = None
-        if self._early is not None:  # what a server is told last has to be that the push has failed
-            with suppress(Exception):  # it is not the first
-                self._early.result()
-            self._early = None
+        self._wait_for_early()  # what a server is told last has to be that the push has failed
         which = f" of version {self._version}" if self._version else ""
         logger.warning("fp8sync: push%s failed: %s", which, str(reason).splitlines()[0] if str(reason) else reason)
         if self._session:
             self._servers.tell(self._abort(str(reason)))
         self.close_session(str(reason))
+
+    def _wait_for_early(self) -> None:
+        if self._early is not None:
+            with suppress(Exception):  # it is not the first
+                self._early.result()
+            self._early = None
 
     def _abort(self, reason: str) -> wire.Abort:
         decided = self._transaction is not None and self._transaction.decided
@@ -430,6 +439,7 @@ class Fleet:
 
     def close(self, hang_up: bool = True) -> None:
         """`hang_up`: the control connections are closed, too."""
+        self._wait_for_early()
         self.close_session("the sender is closed")
         self._closed = True
         self._servers.close(hang_up)

@@ -46,9 +46,14 @@ class Leader:
         self._packer = None
         return self._fleet.plan(source.tensors, self._bucket_bytes).to_json()
 
-    def plan_again(self, plan: PushPlan) -> None:
-        """For what is quantized already. Raises: SessionLostError: the servers that are left want something else."""
-        _, self._newest = self._fleet.survey()
+    def plan_again(self, plan: PushPlan, lost: SessionLostError | None = None) -> None:
+        """For what is quantized already. `lost`: why, if it is not that servers are left out.
+
+        Raises: SessionLostError: the servers that are left want something else; `lost`, unless one has started again.
+        """
+        still_there, self._newest = self._fleet.survey()
+        if still_there and lost is not None:
+            raise lost
         if self._fleet.plan(plan.offered, self._bucket_bytes).layout.plan_hash != plan.layout.plan_hash:
             raise SessionLostError("the servers want other tensors than before: push again")
 
@@ -61,8 +66,8 @@ class Leader:
         """`begin`, for what is quantized already and was planned without asking. Raises: as `plan_again`."""
         try:
             self.begin(version)
-        except SessionLostError:
-            self.plan_again(plan)
+        except SessionLostError as lost:
+            self.plan_again(plan, lost)
             self.begin(version)
 
     def rehearse(self, plan: PushPlan, bucket: Bucket, gathered: Gathered) -> None:

@@ -41,7 +41,7 @@ class Sources:
         if known is not None:
             look, source = known
             look.reshard()
-            if look.holds(model):
+            if look.holds():
                 source.renew()
                 return source
         source = ModuleSource(model, self._num_ranks)
@@ -54,8 +54,7 @@ class Sources:
 class _Look:
     """What a source depends on: names, types and identities of modules and tensors, and where shards lie.
 
-    It holds neither the model nor its tensors, but the mappings that hold them. The numbers of tensors stay theirs: the
-    source holds what it was made of.
+    It holds neither the model nor its tensors. Numbers of tensors stay theirs: the source holds what it was made of.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -63,26 +62,27 @@ class _Look:
         self.in_fsdp1 = any(isinstance(module, FSDP1) for module in modules)
         self._sharded = [weakref.ref(module) for module in modules if isinstance(module, FSDPModule)]
         self._adapters = [weakref.ref(module) for module in modules if hasattr(module, "merged")]
-        self._mappings = list(chain.from_iterable(map(_held, modules)))
-        self._then = self._now(model)
+        self._modules = list(map(weakref.ref, modules))
+        self._then = self._now()
 
     def reshard(self) -> None:
         """As `sender.wrappers.reshard`, before anything is compared."""
         reshard(_alive(self._sharded))
 
-    def holds(self, model: nn.Module) -> bool:
+    def holds(self) -> bool:
         """Whether nothing has changed."""
-        return self._then == self._now(model)
+        return self._then == self._now()
 
-    def _now(self, model: nn.Module) -> list[Any]:
-        items = list(chain.from_iterable(map(dict.values, self._mappings)))
-        modules = [model, *(item for item in items if isinstance(item, nn.Module))]
+    def _now(self) -> list[Any]:
+        modules = _alive(self._modules)
+        mappings = list(chain.from_iterable(map(_held, modules)))
+        items = list(chain.from_iterable(map(dict.values, mappings)))
         tensors = [item for item in items if isinstance(item, torch.Tensor)]
         shards = [(tensor._local_tensor, tensor.placements) for tensor in tensors if isinstance(tensor, DTensor)]
         return [
-            list(chain.from_iterable(self._mappings)),
+            list(map(len, mappings)),
+            list(chain.from_iterable(mappings)),
             list(map(id, items)),
-            list(map(id, chain.from_iterable(map(_held, modules)))),
             list(map(type, chain(modules, tensors))),
             [list(map(fact, tensors)) for fact in _TENSOR_FACTS],
             [(s.data_ptr(), s.shape, s.stride(), s.dtype, placements) for s, placements in shards],

@@ -273,6 +273,22 @@ def test_buckets_short_lost_or_repeated(
         assert_heals(server, sender)
 
 
+def test_a_single_server_gets_one_more_try_with_a_quorum(server: Server) -> None:
+    """Its commit finds the damage, before anything is decided."""
+    damaged: list[int] = []
+
+    def damage_once(index: int, bucket: torch.Tensor) -> Iterator[torch.Tensor]:
+        if not damaged:
+            bucket[len(bucket) // 2] ^= 1
+            damaged.append(index)
+        yield bucket
+
+    with FP8Sender([server.control], plane="memory", timeout_s=5.0, quorum=1) as sender:
+        faulty(sender, damage_once)
+        assert sender.push(Trainer(seed=2)).version == 1 and damaged == [0]
+    assert fingerprint(server.model) == expected(Trainer(seed=2))
+
+
 def test_two_senders_at_once(server: Server, sender: FP8Sender) -> None:
     sender.prepare(Trainer())
     sender._fleet.survey()
@@ -292,6 +308,23 @@ def test_a_sender_that_was_displaced_is_told_once(server: Server, sender: FP8Sen
         with pytest.raises(errors.SessionLostError, match="took over"):
             sender.push(Trainer(seed=3))
     assert_heals(server, sender)
+
+
+def test_a_push_async_that_was_displaced_is_told_once(server: Server, sender: FP8Sender) -> None:
+    sender.push_async(Trainer(seed=1)).wait()
+    with FP8Sender([server.control], plane="memory", timeout_s=5.0) as second:
+        second.push(Trainer(seed=2))
+        with pytest.raises(errors.SessionLostError, match="took over"):
+            sender.push_async(Trainer(seed=3)).wait()
+    assert_heals(server, sender)
+
+
+def test_a_push_async_reaches_a_server_that_has_started_again(server: Server, sender: FP8Sender) -> None:
+    sender.push_async(Trainer(seed=1)).wait()
+    server.receiver = Receiver(server.model, server.engine, SingleRank(), "restarted")
+    server.control._handle = server.receiver.handle
+    assert sender.push_async(Trainer(seed=3)).wait().version == 2
+    assert server.state() == "SERVING" and fingerprint(server.model) == expected(Trainer(seed=3))
 
 
 def test_a_dead_senders_stage_expires(server: Server) -> None:

@@ -18,6 +18,7 @@ from receiver_plugin.staging import Staging
 from sender import FP8Sender
 from sender.control import InProcessControl
 from shared import errors, protocol
+from shared.protocol import StagingWay
 from tests.replicas import SILENT, Replicas, on, refuse, silence
 from tests.tiny_models import FakeEngine, Served, Trainer
 
@@ -120,6 +121,26 @@ def test_a_replica_that_is_silent_before_the_commit(server: Replicas, sender: FP
         sender.push(Trainer(seed=2))
     assert server.versions() == [1, 1] and server.serves() == 1
     heals(server, sender)
+
+
+@pytest.mark.parametrize("way", ["reserved", "in_place"])
+def test_a_replica_whose_last_bucket_is_late(way: StagingWay) -> None:
+    """No replica commits before all are STAGED, also where the door is held."""
+    server = Replicas()
+    late = server.receivers[1]
+    make_staging = late._make_staging
+
+    class Late(Staging):
+        def accept(self, index: int, *args: Any) -> int:
+            time.sleep(0.05)
+            return super().accept(index, *args)
+
+    late._make_staging = lambda model, plan, layout, room: Late(model, plan, layout, room)
+    with FP8Sender([server.client], plane="memory", timeout_s=5.0, bucket_bytes=64 << 10, staging=way) as sender:
+        for version in (1, 2):
+            assert sender.push(Trainer(seed=version)).version == version
+            assert server.versions() == [version] * 2 and server.serves() == version
+    assert make_staging is Staging
 
 
 def test_a_stage_that_is_void_on_one_replica(server: Replicas, sender: FP8Sender) -> None:

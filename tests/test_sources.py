@@ -114,6 +114,18 @@ def test_a_model_that_is_gone_is_forgotten() -> None:
     assert tensor() is None
 
 
+def test_a_model_whose_parts_know_it_is_forgotten() -> None:
+    """As the modules of FSDP2 do."""
+    model, sources = Trainer(seed=3), Sources()
+    next(model.children()).__dict__["root"] = model
+    values(sources.of(model))
+    tensor = weakref.ref(next(model.parameters()))
+    del model
+    gc.collect()
+    gc.collect()  # what goes with the model goes after it
+    assert tensor() is None
+
+
 def test_between_pushes_no_memory_of_a_model_is_kept() -> None:
     """A trainer that moves its weights to the host has the GPU for itself."""
     model, sources = Trainer(seed=3), Sources()

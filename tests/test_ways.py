@@ -175,6 +175,18 @@ def test_a_transfer_gives_its_memory_back(exclusive_way: StagingWay) -> None:
         sender.push(Trainer(seed=1))
 
 
+def test_no_request_ends_for_a_model_that_cannot_be_pushed(exclusive_way: StagingWay) -> None:
+    server, kinds = Watched(exclusive_way), list[str]()
+    with made(server) as sender:
+        sender.push(Trainer())
+        server.on_message = lambda message: kinds.append(message.kind)
+        model = Trainer(seed=1)
+        model.register_parameter("odd", torch.nn.Parameter(torch.zeros(2, dtype=torch.float64)))
+        with pytest.raises(errors.ConfigError, match="cannot be pushed"):
+            sender.push(model)
+        assert not {"hold", "begin"} & set(kinds)
+
+
 # ---- failures. OLD: the bytes and the version of before; FENCED: until the next push
 
 

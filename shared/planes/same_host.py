@@ -34,6 +34,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from shared.buckets import ALIGNMENT_BYTES
 from shared.errors import TransferError
 from shared.planes import cuda_ipc, shared_memory
 from shared.planes import same_host_messages as messages
@@ -198,6 +199,7 @@ class _Rank:
         self.gone: str | None = None
         self._mapped: dict[bytes, _Mapping] = {}
         self._num_places = self._num_let_go = 0
+        self._is_stuck = False
         self._thread = threading.Thread(target=self._hear_all, name=f"fp8sync-hear-{number}", daemon=True)
 
     def meet(self, deadline: float) -> None:
@@ -217,9 +219,9 @@ class _Rank:
         self._thread.start()
 
     def ended(self, deadline: float) -> bool:
-        """Whether its thread has, by `deadline`."""
+        """Whether its thread has, by `deadline`, and nothing can be written any more."""
         self._thread.join(max(0.0, deadline - time.monotonic()))
-        return not self._thread.is_alive()
+        return not self._thread.is_alive() and not self._is_stuck
 
     def room(self, num_bytes: int) -> torch.Tensor | None:
         place = self.places[0]
@@ -241,12 +243,20 @@ class _Rank:
         with self._plane.changed:
             self.gone = why
             self._plane.changed.notify_all()
-        with suppress(TransferError):
-            self._let_go(time.monotonic() + _END_S)
+        try:
+            with suppress(TransferError):
+                self._let_go(time.monotonic() + _END_S)
+        except Exception:  # its memory may still be mapped here: it must not hear that we are gone
+            logger.exception("fp8sync: the memory of server rank %d cannot be let go", self.number)
+            self._is_stuck = True
+            return
         self._links.leave(self.number)
 
     def _note(self, said: Said) -> None:
         if said.what == messages.GIVE_BACK:
+            with self._plane.changed:
+                if self.places:
+                    raise TransferError("it wants memory back in which buckets have their places")
             self._let_go(time.monotonic() + _END_S)
             return
         if said.what != messages.PLACE:
@@ -258,8 +268,8 @@ class _Rank:
             raise TransferError("it has places for more buckets than are ever under way, or in more memory")
         if said.memory not in self._mapped:
             self._mapped[said.memory] = self._map(said)
-        if said.offset + said.num_bytes > self._mapped[said.memory].num_bytes:
-            raise TransferError(f"its place for bucket {said.number} is not in its memory")
+        if said.offset % ALIGNMENT_BYTES or said.offset + said.num_bytes > self._mapped[said.memory].num_bytes:
+            raise TransferError(f"its place for bucket {said.number} is not in its memory, or not where one may be")
         with self._plane.changed:
             self.places.append(said)
             self._plane.changed.notify_all()
