@@ -426,7 +426,23 @@ def test_a_push_plans_anew_when_experts_were_moved(server: Server, sender: FP8Se
     assert fingerprint(server.model) == expected(Trainer(seed=3))
 
 
-STEPS: dict[str, Any] = {"Open": protocol.Open, "Begin": protocol.Begin, "Commit": protocol.Commit}
+STEPS: dict[str, Any] = {"Open": protocol.Open, "Commit": protocol.Commit}
+
+
+def test_experts_that_move_before_a_push_begins_are_planned_anew(
+    server: Server, sender: FP8Sender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sender.push(Trainer(seed=1))
+    handle = server.receiver.handle
+
+    def move_first(message: Any) -> protocol.Reply:
+        if isinstance(message, protocol.Begin):
+            server.engine.placement = "there"
+        return handle(message)
+
+    monkeypatch.setattr(server.control, "_handle", move_first)
+    assert sender.push(Trainer(seed=2)).version == 2
+    assert fingerprint(server.model) == expected(Trainer(seed=2))
 
 
 @pytest.mark.parametrize("step", STEPS)

@@ -170,7 +170,7 @@ def test_a_second_push_does_not_end_the_first(fleet: Fleet, blocked: threading.E
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit, MemoryError])
 @pytest.mark.parametrize("call", ["push", "push_async"])
-@pytest.mark.parametrize("where", ["gather", "pack", "plan"])
+@pytest.mark.parametrize("where", ["gather", "_packed", "plan"])
 def test_whatever_ends_a_push_others_have_their_turn(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch, stop: type[BaseException], call: str, where: str
 ) -> None:
