@@ -47,11 +47,11 @@ def test_a_push_equals_a_checkpoint_load(
     assert [reply["logprobs"] for reply in replies] == [reply["logprobs"] for reply in wanted]
 
 
+@pytest.mark.xfail(reason="a known defect: shared memory of the last push is still held 10 s after its sender closed")
 def test_a_sender_that_is_gone_leaves_nothing(pushed_server: LocalServer) -> None:
-    before = holders(pushed_server)  # TODO: none, but something of the pushes before this one stays longer
     with FP8Sender([pushed_server.url], plane="same_host", admin_key=ADMIN_KEY, timeout_s=60.0) as sender:
         sender.push(make_model(REFERENCE_SEED, **CHANGES))
         assert holders(pushed_server) == 2
     pushed_server.http.get("/fp8sync/info")  # it hears of the end with the next message at the latest
-    assert soon(lambda: holders(pushed_server) <= before, timeout_s=10.0)
+    assert soon(lambda: holders(pushed_server) == 0, timeout_s=10.0)
     assert not any("fp8sync" in name for name in os.listdir("/dev/shm"))
