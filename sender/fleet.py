@@ -364,7 +364,8 @@ class Fleet:
         )
         try:
             skew_s = self._transaction.commit(tuple(self._digests) if self._commits_unasked else None)
-        except StillComingError:
+        except StillComingError as early:
+            early.with_traceback(None)  # its frames hold the bucket that was sent last
             self._transaction.decided = False
             self._until_staged()
             skew_s = self._transaction.commit()

@@ -47,7 +47,6 @@ def test_a_push_equals_a_checkpoint_load(
     assert [reply["logprobs"] for reply in replies] == [reply["logprobs"] for reply in wanted]
 
 
-@pytest.mark.xfail(reason="a known defect: shared memory of the last push is still held 10 s after its sender closed")
 def test_a_sender_that_is_gone_leaves_nothing(pushed_server: LocalServer) -> None:
     with FP8Sender([pushed_server.url], plane="same_host", admin_key=ADMIN_KEY, timeout_s=60.0) as sender:
         sender.push(make_model(REFERENCE_SEED, **CHANGES))
