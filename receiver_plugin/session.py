@@ -136,6 +136,9 @@ class Session:
         self._wake = threading.Condition()
         self._pending: Transfer | None = None
         self._closed = False
+        if way == "in_place" and device.type == "cuda":  # tables for all of its transfers, while requests go on
+            self.make_room()
+            self.give_room_back()
         self._plane: ReceiveHalf | None = None
         self._thread = threading.Thread(target=self._run, args=(join,), name="fp8sync-receive", daemon=True)
         self._thread.start()

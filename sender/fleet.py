@@ -52,6 +52,10 @@ def longest_push_s(timeout_s: float) -> float:
     return 5 * timeout_s + JOIN_TIMEOUT_S + 14 * CONTROL_TIMEOUT_S
 
 
+def _leaves_later(bucket: torch.Tensor) -> bool:
+    return bucket.is_cuda
+
+
 class Fleet:
     """The servers, the data plane to them, and the push under way.
 
@@ -90,6 +94,7 @@ class Fleet:
         self._begun = False
         self._digests: list[int] = []
         self._waiting: tuple[torch.Tensor, Callable[[], int]] | None = None  # a bucket, with its digest
+        self._flows_on = False  # whether buckets are on their way while the push is committed
         self._transaction: Transaction | None = None
         self._tried_again = False  # with all servers, because nobody was to blame
 
@@ -282,13 +287,17 @@ class Fleet:
 
         Raises: TransferError: it did not go out; where a server knows why, its `ReceiveError`.
         """
-        if self._plane is None:
-            raise SessionLostError("the data plane is closed: push again")
         found = begin_digest(bucket, secret=self._secret, version=self._version, bucket=index)
         self._send_waiting()
         self._waiting = bucket, found
-        if not bucket.is_cuda:
+        if not _leaves_later(bucket):
             self._send_waiting()
+
+    @property
+    def _opened(self) -> SendHalf:
+        if self._plane is None:
+            raise SessionLostError("the data plane is closed: push again")
+        return self._plane
 
     def room(self, num_bytes: int) -> torch.Tensor | None:
         """Where the bucket that comes next may be made, on whatever device that is; or None."""
@@ -304,28 +313,42 @@ class Fleet:
             return
         (bucket, found), self._waiting = self._waiting, None
         self._digests.append(found())
-        self._with_blame(lambda plane: plane.send(bucket, self._digests[-1]))
+        digest = self._digests[-1]
+        self._with_blame(lambda: self._send_now(bucket, digest))
 
-    def _with_blame(self, step: Callable[[SendHalf], None]) -> None:
-        assert self._plane is not None
+    def _send_now(self, bucket: torch.Tensor, digest: int) -> None:
+        with self._blame.of_ranks():
+            self._opened.send(bucket, digest)
+
+    def _with_blame(self, step: Callable[[], None]) -> None:
         try:
-            with self._blame.of_ranks():
-                step(self._plane)
+            step()
             return
-        except TransferError:
-            if (own := self._blame.own_words(self._question())) is None:
+        except TransferError as error:
+            if (own := self._in_own_words(error)) is error:
                 raise
-        raise ReceiveError(str(own))  # anew: the failure of the plane has frames that hold it
+        raise own  # anew: the failure of the plane has frames that hold it
+
+    def _in_own_words(self, error: TransferError) -> TransferError:
+        """Those of the server that knows why, if there is one."""
+        own = self._blame.own_words(self._question())
+        return error if own is None else ReceiveError(str(own))
 
     def verify(self) -> None:
         """Return when every rank of every server holds every byte as it was sent, or of every server that is left.
 
         A single server is not asked unless its door is shut first (`strict`): its commit looks by itself.
         """
+        self._flows_on = self._commits_unasked and self._waiting is not None  # a GPU sends beside what follows
         self._send_waiting()
-        self._with_blame(lambda plane: plane.flush())
+        if not self._flows_on:
+            self._with_blame(self._flush)
         if not self._commits_unasked:
             self._until_staged()
+
+    def _flush(self) -> None:
+        with self._blame.of_ranks():
+            self._opened.flush()
 
     def _until_staged(self) -> None:
         deadline, pause = time.monotonic() + self._timeout_s, _POLL_S
@@ -363,7 +386,7 @@ class Fleet:
             self._servers, self._doors, self._session, self._version, self._timeout_s, self._in_flight, self._strict
         )
         try:
-            skew_s = self._transaction.commit(tuple(self._digests) if self._commits_unasked else None)
+            skew_s = self._commit_unasked() if self._commits_unasked else self._transaction.commit()
         except StillComingError as early:
             early.with_traceback(None)  # its frames hold the bucket that was sent last
             self._transaction.decided = False
@@ -373,6 +396,28 @@ class Fleet:
             self._transaction.decided = False
             raise
         self._newest = self._version
+        return skew_s
+
+    def _commit_unasked(self) -> float:
+        """The commit of a single server goes out while the last buckets of a GPU are on their way."""
+        transaction, digests = self._transaction, tuple(self._digests)
+        assert transaction is not None
+        if not self._flows_on:
+            return transaction.commit(digests)
+        committing = self._servers.on_a_thread(lambda: transaction.commit(digests))
+        broken: TransferError | None = None
+        try:
+            self._flush()
+        except TransferError as error:
+            broken = error.with_traceback(None)  # its frames hold a bucket
+        try:
+            skew_s = committing.result()
+        except StillComingError:
+            if broken is not None:
+                raise self._in_own_words(broken) from None
+            raise
+        if broken is not None:
+            self.close_session(f"the data plane broke after all had arrived: {broken}")
         return skew_s
 
     # When it fails

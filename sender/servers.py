@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 from packaging.version import InvalidVersion, Version
 from pydantic import BaseModel
@@ -28,6 +28,7 @@ _MOST_SERVERS_AT_ONCE = 256
 
 Outcome = wire.Reply | Fp8SyncError
 Failed = dict[str, Fp8SyncError]
+_T = TypeVar("_T")
 
 
 class Servers:
@@ -110,7 +111,7 @@ class Servers:
             raise next(iter(failed.values()))
         return replies
 
-    def on_a_thread(self, ask: Callable[[], None]) -> Future[None]:
+    def on_a_thread(self, ask: Callable[[], _T]) -> Future[_T]:
         """`ask`, which asks servers, beside what the caller does. No other question may come before its end."""
         return self._pool.submit(ask)
 

@@ -3,6 +3,11 @@
 Both sides compute the same `Layout` from the manifest, so no offsets travel; `plan_hash` proves that they agree.
 A quantized tensor takes two slots in the same bucket: codes (1 byte an element), then `weight_scale_inv` (fp32).
 A tensor larger than `bucket_bytes` gets a bucket of its own size.
+
+Nothing is on the wire while the first bucket is made, nor while the last one is taken in: both are small, and no bucket
+of one large tensor is among them.
+
+    bytes   1/4 | large | 1/4 | large | 1/2 | 1 | 1 | ... | 1 | 1/2 | 1/4 | 1/4        of `bucket_bytes`
 """
 
 from __future__ import annotations
@@ -22,7 +27,7 @@ from shared.numerics import scale_shape
 from shared.protocol import PROTOCOL_VERSION, ManifestTensor
 
 ALIGNMENT_BYTES = 128
-DEFAULT_BUCKET_BYTES = 256 << 20
+DEFAULT_BUCKET_BYTES = 512 << 20
 
 DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
@@ -111,7 +116,8 @@ class Layout:
 
 
 def make_layout(tensors: Sequence[ManifestTensor], bucket_bytes: int = DEFAULT_BUCKET_BYTES) -> Layout:
-    """Lay `tensors` out, in their order, in buckets of at most `bucket_bytes` (larger tensors alone).
+    """Lay `tensors` out in buckets of at most `bucket_bytes` (larger tensors alone). It has them in the order in
+    which they are sent; of that order the same layout is made again.
 
     Raises:
         ConfigError: no tensors, two of one name, or a bucket smaller than the alignment.
@@ -122,19 +128,48 @@ def make_layout(tensors: Sequence[ManifestTensor], bucket_bytes: int = DEFAULT_B
         raise ConfigError("nothing to send: the model has no tensors")
     if len({tensor.name for tensor in tensors}) != len(tensors):
         raise ConfigError("two tensors have the same name")
-    buckets: list[Bucket] = []
+    sized = [(tensor, _place(tensor, 0)[1]) for tensor in tensors]
+    small = _in_buckets([(tensor, size) for tensor, size in sized if size <= bucket_bytes], bucket_bytes)
+    buckets = [
+        _bucket(index, members)
+        for index, members in enumerate(_between(small, [[tensor] for tensor, size in sized if size > bucket_bytes]))
+    ]
+    ordered = tuple(entry.tensor for bucket in buckets for entry in bucket.entries)
+    return Layout(ordered, bucket_bytes, tuple(buckets))
+
+
+def _in_buckets(sized: Sequence[tuple[ManifestTensor, int]], bucket_bytes: int) -> list[list[ManifestTensor]]:
+    """`sized`: tensors and their bytes, none of more than `bucket_bytes`."""
+    found: list[list[ManifestTensor]] = []
+    placed, left, room = 0, sum(size for _, size in sized), 0
+    for tensor, size in sized:
+        if size > room:
+            found.append([])
+            room = max(size, min(bucket_bytes, max(bucket_bytes // 4, min(placed, left // 2))))
+        found[-1].append(tensor)
+        placed, left, room = placed + size, left - size, room - size
+    return found
+
+
+def _between(small: list[list[ManifestTensor]], large: list[list[ManifestTensor]]) -> list[list[ManifestTensor]]:
+    """One large bucket behind every small one, as long as there are any; the last bucket is a small one."""
+    found: list[list[ManifestTensor]] = []
+    for number, members in enumerate(small):
+        if number == len(small) - 1:
+            found += large[number:]
+        found.append(members)
+        if number < len(small) - 1:
+            found += large[number : number + 1]
+    return found or large
+
+
+def _bucket(index: int, tensors: Sequence[ManifestTensor]) -> Bucket:
     entries: list[Entry] = []
     end = 0
     for tensor in tensors:
-        entry, next_end = _place(tensor, end)
-        if entries and next_end > bucket_bytes:
-            buckets.append(Bucket(len(buckets), tuple(entries), end))
-            entries = []
-            entry, next_end = _place(tensor, 0)
+        entry, end = _place(tensor, end)
         entries.append(entry)
-        end = next_end
-    buckets.append(Bucket(len(buckets), tuple(entries), end))
-    return Layout(tuple(tensors), bucket_bytes, tuple(buckets))
+    return Bucket(index, tuple(entries), end)
 
 
 def _place(tensor: ManifestTensor, offset_bytes: int) -> tuple[Entry, int]:

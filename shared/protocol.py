@@ -30,7 +30,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from shared.config import MOST_TENSORS, FP8BlockConfig, Name, WireModel
 from shared.errors import ConfigError, IncompatibleServerError
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 MIN_SGLANG_VERSION = "0.5.16"
 CONTROL_PATH, INFO_PATH = "/fp8sync/control", "/fp8sync/info"
 LONGEST_DEADLINE_S = 24 * 3600.0

@@ -29,7 +29,7 @@ def pack(layout: Layout, weights: dict[str, torch.Tensor]) -> list[bytes]:
 
 
 # Golden bytes. To change one of these literals is to raise PROTOCOL_VERSION.
-GOLDEN_VERSION = 4
+GOLDEN_VERSION = 5
 GOLDEN = (fp8("a.weight", 2, 4), bf16("norm.weight", 3), fp8("b.weight", 1, 3))
 GOLDEN_WEIGHTS = {
     "a.weight": torch.tensor([[448, -448, 1, 0], [0.5, -0.25, 2**-9, 17]], dtype=torch.bfloat16),
@@ -44,12 +44,12 @@ GOLDEN_BYTES = {  # offset -> bytes; all others are zero
     512: "0000003c",  # b: scale 3.5 / 448 = 2**-7
 }
 GOLDEN_SHA256 = "3442b3589f848e85806f15cb1f5e1fc324ba95fe0a1df9c1129d639f73762e46"
-GOLDEN_PLAN_HASH = "2d4b7134ecae48c5d0d38dad61c26aefe3e6d92232fc9f1cf5862c5cdbbeb88d"
+GOLDEN_PLAN_HASH = "d8b66ee3b8cf272f90e380af7edee1c1ab381c2521d597ae2225f0622502cacf"
 
 
 def test_golden_bucket() -> None:
     assert PROTOCOL_VERSION == GOLDEN_VERSION
-    layout = make_layout(GOLDEN, 1024)
+    layout = make_layout(GOLDEN, 4096)
     (packed,) = pack(layout, GOLDEN_WEIGHTS)
     expected = bytearray(640)
     for offset, text in GOLDEN_BYTES.items():
@@ -79,7 +79,9 @@ RAGGED = (
 @pytest.mark.parametrize("bucket_bytes", [128, 4096, 40_000, 1 << 20])
 def test_every_byte_is_accounted_for(bucket_bytes: int) -> None:
     layout = make_layout(RAGGED, bucket_bytes)
-    assert [name for bucket in layout.buckets for name in bucket.names] == [tensor.name for tensor in RAGGED]
+    sent = [tensor for bucket in layout.buckets for tensor in (entry.tensor for entry in bucket.entries)]
+    assert tuple(sent) == layout.tensors and sorted(sent, key=RAGGED.index) == list(RAGGED)
+    assert make_layout(layout.tensors, bucket_bytes) == layout
     assert [bucket.index for bucket in layout.buckets] == list(range(len(layout.buckets)))
     for bucket in layout.buckets:
         end = 0
@@ -119,8 +121,8 @@ def test_a_weight_and_its_scale_share_a_bucket() -> None:
 
 def test_a_scale_that_does_not_fit_takes_its_weight_along() -> None:
     first, second = bf16("first", 64), fp8("second", 1, 128)  # 128 bytes, then 128 + 128
-    assert [b.names for b in make_layout((first, second), 384).buckets] == [("first", "second")]
-    assert [b.names for b in make_layout((first, second), 383).buckets] == [("first",), ("second",)]
+    assert [b.names for b in make_layout((first, second), 4 * 384).buckets] == [("first", "second")]
+    assert [b.names for b in make_layout((first, second), 4 * 384 - 1).buckets] == [("first",), ("second",)]
 
 
 def test_a_tensor_larger_than_a_bucket_is_alone() -> None:
@@ -130,8 +132,30 @@ def test_a_tensor_larger_than_a_bucket_is_alone() -> None:
     assert layout.largest_bucket_bytes == big.num_bytes
 
 
+@pytest.mark.parametrize("num_large", [0, 1, 2, 9])
+def test_the_first_and_the_last_bucket_are_small(num_large: int) -> None:
+    small, large = [bf16(f"s{i}", 64) for i in range(100)], [bf16(f"l{i}", 64 * 32) for i in range(num_large)]
+    buckets = make_layout([*large, *small], 16 * 128).buckets
+    sizes = [bucket.num_bytes // 128 for bucket in buckets if not bucket.names[0].startswith("l")]
+    assert sizes == [4, 4, 8, 16, 16, 16, 16, 10, 5, 4, 1]
+    where = [bucket.index for bucket in buckets if bucket.names[0].startswith("l")]
+    assert where == [2 * i + 1 for i in range(num_large)] and len(buckets) == 11 + num_large
+    assert [name for bucket in buckets for name in bucket.names if name[0] == "s"] == [t.name for t in small]
+
+
+def test_more_large_tensors_than_buckets_between_which_they_could_go() -> None:
+    small, large = [bf16(f"s{i}", 64) for i in range(2)], [bf16(f"l{i}", 640) for i in range(4)]
+
+    def names(tensors: list[ManifestTensor]) -> list[str]:
+        return [name for bucket in make_layout(tensors, 128).buckets for name in bucket.names]
+
+    assert names([*large, *small]) == ["s0", "l0", "l1", "l2", "l3", "s1"]
+    assert names([*large, small[0]]) == ["l0", "l1", "l2", "l3", "s0"]
+    assert names(large) == ["l0", "l1", "l2", "l3"]
+
+
 def test_slots_are_views_of_their_bucket() -> None:
-    (bucket,) = make_layout(GOLDEN, 1024).buckets
+    (bucket,) = make_layout(GOLDEN, 4096).buckets
     buffer = torch.zeros(bucket.num_bytes, dtype=torch.uint8)
     for slot in bucket.slots:
         view = slot.view(buffer)
@@ -140,17 +164,17 @@ def test_slots_are_views_of_their_bucket() -> None:
 
 
 def test_plan_hash_tells_plans_apart() -> None:
-    layout = make_layout(GOLDEN, 1024)
-    assert make_layout(list(GOLDEN), 1024).plan_hash == layout.plan_hash
+    layout = make_layout(GOLDEN, 4096)
+    assert make_layout(list(GOLDEN), 4096).plan_hash == layout.plan_hash
     others = [
-        make_layout(GOLDEN, 1025),
-        make_layout(GOLDEN[::-1], 1024),
-        make_layout(GOLDEN[:2], 1024),
-        make_layout((fp8("a.weight", 4, 2), *GOLDEN[1:]), 1024),
-        make_layout((fp8("c.weight", 2, 4), *GOLDEN[1:]), 1024),
-        make_layout((bf16("a.weight", 2, 4), *GOLDEN[1:]), 1024),
-        make_layout((GOLDEN[0], GOLDEN[1].model_copy(update={"dtype": "float16"}), GOLDEN[2]), 1024),
-        make_layout((GOLDEN[0].model_copy(update={"quantized": False}), *GOLDEN[1:]), 1024),
+        make_layout(GOLDEN, 4097),
+        make_layout(GOLDEN[::-1], 4096),
+        make_layout(GOLDEN[:2], 4096),
+        make_layout((fp8("a.weight", 4, 2), *GOLDEN[1:]), 4096),
+        make_layout((fp8("c.weight", 2, 4), *GOLDEN[1:]), 4096),
+        make_layout((bf16("a.weight", 2, 4), *GOLDEN[1:]), 4096),
+        make_layout((GOLDEN[0], GOLDEN[1].model_copy(update={"dtype": "float16"}), GOLDEN[2]), 4096),
+        make_layout((GOLDEN[0].model_copy(update={"quantized": False}), *GOLDEN[1:]), 4096),
     ]
     assert len({layout.plan_hash, *(other.plan_hash for other in others)}) == 1 + len(others)
 

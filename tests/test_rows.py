@@ -272,7 +272,7 @@ def test_nonfinite_weights_are_named(value: float, row: int, make_backend: MakeB
 
 
 def test_an_experts_tensors_are_one_run_and_cross_no_ranks() -> None:
-    model = Model({"gate_up": normal(8, 256, 128), "down": normal(8, 128, 128)}, bucket_bytes=1 << 20)
+    model = Model({"gate_up": normal(8, 256, 128), "down": normal(8, 128, 128)}, bucket_bytes=4 << 20)
     plan = plan_rows(model.layout, model.sharding(0, 4), model.cuts, 0, 4)
     (bucket,) = plan.buckets
     assert bucket is not None and plan.num_amax == 0
