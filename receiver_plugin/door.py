@@ -137,8 +137,13 @@ class Door:
                 return await self._failed("its bytes are still on their way; nothing was touched", "StillComingError")
         if message.held:
             async with self._committing:
-                if self._is_held_for(message.session, message.version):
-                    return await self._ask(message)
+                held = self._held
+                if held is not None and self._is_held_for(message.session, message.version):
+                    reply = await self._ask(message)
+                    if message.opens and reply.error is None:
+                        held.timer.cancel()
+                        await self._open(held, committed=True)
+                    return reply
             return await self._failed("its door is not held for this version, or no longer; nothing was touched")
         await self._open_if_given_up()
         if self._held is not None:
@@ -161,7 +166,7 @@ class Door:
         await self._open_if_given_up()
         if self.coming is not None:
             return await self._failed(f"its door is shut for version {self.coming} already; nothing was touched")
-        if message.before == "begin":  # no request has to end for a push that cannot begin
+        if message.before == "begin" and self._channel.busy:  # no request has to end for a push that cannot begin
             reply = await self._ask(_could_begin(message))
             if reply.error is not None:
                 return reply
@@ -192,9 +197,9 @@ class Door:
             held.timer.cancel()
             await self._open(held)
 
-    async def _open(self, held: _Held) -> None:
+    async def _open(self, held: _Held, committed: bool = False) -> None:
         try:
-            if held.exclusive:
+            if held.exclusive and not committed:
                 await self._ask(wire.Release(session=held.session, version=held.version))
         finally:
             self._held = None

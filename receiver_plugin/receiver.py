@@ -177,7 +177,7 @@ class Receiver:
         session = self._sessions.of(message.session)
         if session.exclusive and not message.held:
             raise CommitError(f"its staging is {session.way}, so that its door must be held first; nothing was touched")
-        self._prepare_to_begin(session, message.version, idle=True)
+        self._prepare_to_begin(session, message.version, idle=True, look=session.exclusive)
         try:
             collect(self._ranks, lambda: self._make_room(session))
         except Fp8SyncError:
@@ -190,7 +190,8 @@ class Receiver:
             raise
         return {}
 
-    def _prepare_to_begin(self, session: Session, version: int, idle: bool) -> None:
+    def _prepare_to_begin(self, session: Session, version: int, idle: bool, look: bool) -> None:
+        """`look`: at the layers; where nothing is touched before the commit, that does."""
         again = self._fence is not None and version == self._version > 0  # it served that and fell out of it
         if version <= self._version and not again:
             served = f"version {version} is not newer than {self._version}, which is served"
@@ -199,7 +200,7 @@ class Receiver:
             raise ServerBusyError(f"version {session.transfer.version} is still on its way")
 
         def check() -> None:
-            if session.exclusive:  # else nothing is touched before the commit, which looks
+            if look:
                 self._check_safe()
             self._check_incarnation(self._planned_for)
             if idle and session.exclusive and not self._engine.flush_cache():
@@ -231,7 +232,7 @@ class Receiver:
         session = self._sessions.of(message.session)
         idle = message.idle if isinstance(message, wire.Prepare) else True
         if message.before == "begin":
-            self._prepare_to_begin(session, message.version, idle)
+            self._prepare_to_begin(session, message.version, idle, look=not idle)  # Begin looks, with the door shut
             return {}
         transfer = session.transfer_of(message.version)
         self._check_staged(transfer)

@@ -12,12 +12,11 @@ thread ends; the next message, whoever sends it, ends the session.
 from __future__ import annotations
 
 import logging
-import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 
@@ -27,25 +26,13 @@ from shared.digest import begin_digest
 from shared.errors import Fp8SyncError, ReceiveError, TransferError
 from shared.planes import ReceiveHalf
 from shared.protocol import Open, StagingWay
+from shared.turns import frequent_turns
 
 logger = logging.getLogger(__name__)
 
 _LOOK_S = 1.0  # how often an idle session looks whether its sender is there
-_USUAL_TURN_S = sys.getswitchinterval()
 _INTERRUPT_S = 5.0
 _GRACE_S = 60.0  # for what was staged, after its deadline: a commit that came in time may still be at work
-
-
-@contextmanager
-def _frequent_turns() -> Iterator[None]:
-    """Threads of this process take turns ten times as often as usual: the one that receives takes many small steps
-    beside a scheduler that is busy in Python, and would wait 5 ms for its turn before each of them.
-    """
-    sys.setswitchinterval(_USUAL_TURN_S / 10)
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(_USUAL_TURN_S)
 
 
 class Transfer:
@@ -263,7 +250,7 @@ class Session:
         stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         coming = deque[tuple[int, int]]()  # buckets that may still be on their way, with their digests
         try:
-            with torch.no_grad(), torch.cuda.stream(stream), _frequent_turns():
+            with torch.no_grad(), torch.cuda.stream(stream), frequent_turns():
                 for bucket in self._layout.buckets:
                     if len(coming) == staging.num_at_once:
                         self._take(plane, transfer, *coming.popleft(), stream)

@@ -22,8 +22,10 @@ class Doors:
     def begin(self) -> None:
         self.stood_still_s = {}
 
-    def is_shut(self, name: str) -> bool:
-        return name in self._shut_since
+    @property
+    def shut(self) -> set[str]:
+        """The servers whose doors may be shut."""
+        return set(self._shut_since)
 
     def hold(
         self, names: Sequence[str], session: str, version: int, before: Literal["begin", "commit"], promise: bool
@@ -48,6 +50,10 @@ class Doors:
     def release(self, session: str, version: int) -> None:
         if self._shut_since:
             self._servers.tell(wire.Release(session=session, version=version), list(self._shut_since))
+        self.opened()
+
+    def opened(self) -> None:
+        """All of them, by now."""
         now = time.monotonic()
         self.stood_still_s |= {name: now - since for name, since in self._shut_since.items()}
         self.forget()

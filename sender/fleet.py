@@ -10,6 +10,7 @@ import logging
 import secrets
 import socket
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -93,8 +94,8 @@ class Fleet:
         self._early: Future[None] | None = None  # the beginning of this push
         self._begun = False
         self._digests: list[int] = []
-        self._waiting: tuple[torch.Tensor, Callable[[], int]] | None = None  # a bucket, with its digest
-        self._flows_on = False  # whether buckets are on their way while the push is committed
+        self._num_buckets = 0
+        self._waiting = deque[tuple[torch.Tensor, Callable[[], int]]]()  # buckets, with their digests
         self._transaction: Transaction | None = None
         self._tried_again = False  # with all servers, because nobody was to blame
 
@@ -202,6 +203,7 @@ class Fleet:
             raise PushError("a server answered an offer without a manifest")
         agree(offered, manifests, self._config)
         plan = PushPlan(offered, make_layout(next(iter(manifests.values())), bucket_bytes))
+        self._num_buckets = len(plan.layout.buckets)
         self._open(plan)
         return plan
 
@@ -272,7 +274,8 @@ class Fleet:
             return
         if not 0 <= version <= wire.MOST_VERSION:
             raise StaleVersionError(f"{version} is no version: they are whole numbers from 0 to {wire.MOST_VERSION}")
-        self._version, self._digests, self._waiting = version, [], None
+        self._version, self._digests = version, []
+        self._waiting.clear()
         self._doors.begin()
         held = [name for name in self.names if self.staging[name] != "reserved"]
         if held and (failed := self._doors.hold(held, self._session, version, "begin", promise=False)):
@@ -282,16 +285,18 @@ class Fleet:
         self._begun = True
 
     def send(self, bucket: torch.Tensor, index: int) -> None:
-        """Send flat uint8 `bucket`. From a GPU it leaves with the next call of this, or of `verify`, so that nobody
-        waits for what was only just begun; elsewhere its memory may be used again on return.
+        """Send flat uint8 `bucket`. From a GPU it leaves with the next call of this, or later, so that nobody waits for
+        what was only just begun; elsewhere its memory may be used again on return.
 
         Raises: TransferError: it did not go out; where a server knows why, its `ReceiveError`.
         """
         found = begin_digest(bucket, secret=self._secret, version=self._version, bucket=index)
-        self._send_waiting()
-        self._waiting = bucket, found
+        self._waiting.append((bucket, found))
         if not _leaves_later(bucket):
-            self._send_waiting()
+            self._with_blame(self._send_waiting)
+        elif index < self._num_buckets - 1 or not self._commits_unasked:
+            self._with_blame(lambda: self._send_waiting(but=1))
+        # else the last two wait: the commit goes out ahead of them
 
     @property
     def _opened(self) -> SendHalf:
@@ -302,23 +307,18 @@ class Fleet:
     def room(self, num_bytes: int) -> torch.Tensor | None:
         """Where the bucket that comes next may be made, on whatever device that is; or None."""
         plane: object = self._plane
-        return plane.room(num_bytes) if isinstance(plane, HasRoom) and self._waiting is None else None
+        return plane.room(num_bytes) if isinstance(plane, HasRoom) and not self._waiting else None
 
     def rehearse(self, bucket: torch.Tensor) -> None:
         """What `send` does on the device, to no effect."""
         begin_digest(bucket, secret=self._secret, version=0, bucket=0)()
 
-    def _send_waiting(self) -> None:
-        if self._waiting is None:
-            return
-        (bucket, found), self._waiting = self._waiting, None
-        self._digests.append(found())
-        digest = self._digests[-1]
-        self._with_blame(lambda: self._send_now(bucket, digest))
-
-    def _send_now(self, bucket: torch.Tensor, digest: int) -> None:
+    def _send_waiting(self, but: int = 0) -> None:
         with self._blame.of_ranks():
-            self._opened.send(bucket, digest)
+            while len(self._waiting) > but:
+                bucket, found = self._waiting.popleft()
+                self._digests.append(found())
+                self._opened.send(bucket, self._digests[-1])
 
     def _with_blame(self, step: Callable[[], None]) -> None:
         try:
@@ -339,14 +339,14 @@ class Fleet:
 
         A single server is not asked unless its door is shut first (`strict`): its commit looks by itself.
         """
-        self._flows_on = self._commits_unasked and self._waiting is not None  # a GPU sends beside what follows
-        self._send_waiting()
-        if not self._flows_on:
-            self._with_blame(self._flush)
+        if self._waiting and self._commits_unasked:
+            return
+        self._with_blame(self._send_all)
         if not self._commits_unasked:
             self._until_staged()
 
-    def _flush(self) -> None:
+    def _send_all(self) -> None:
+        self._send_waiting()
         with self._blame.of_ranks():
             self._opened.flush()
 
@@ -399,15 +399,16 @@ class Fleet:
         return skew_s
 
     def _commit_unasked(self) -> float:
-        """The commit of a single server goes out while the last buckets of a GPU are on their way."""
-        transaction, digests = self._transaction, tuple(self._digests)
+        """The commit of a single server goes out ahead of the last buckets of a GPU: it waits for them there."""
+        transaction = self._transaction
         assert transaction is not None
-        if not self._flows_on:
-            return transaction.commit(digests)
-        committing = self._servers.on_a_thread(lambda: transaction.commit(digests))
+        if not self._waiting:
+            return transaction.commit(tuple(self._digests))
+        digests = (*self._digests, *(found() for _, found in self._waiting))
         broken: TransferError | None = None
+        committing = self._servers.on_a_thread(lambda: transaction.commit(digests))
         try:
-            self._flush()
+            self._send_all()
         except TransferError as error:
             broken = error.with_traceback(None)  # its frames hold a bucket
         try:
@@ -442,7 +443,7 @@ class Fleet:
 
     def fail(self, reason: BaseException) -> None:
         """After any failure: every server forgets the push, and the next push opens a new session."""
-        self._waiting = None
+        self._waiting.clear()
         self._wait_for_early()  # what a server is told last has to be that the push has failed
         which = f" of version {self._version}" if self._version else ""
         logger.warning("fp8sync: push%s failed: %s", which, str(reason).splitlines()[0] if str(reason) else reason)

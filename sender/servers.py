@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any, TypeVar
 
 from packaging.version import InvalidVersion, Version
@@ -18,6 +19,7 @@ from sender.control import ControlClient
 from shared import protocol as wire
 from shared.config import FP8BlockConfig
 from shared.errors import ConfigError, Fp8SyncError, IncompatibleServerError, PushError, ServerUnreachableError
+from shared.turns import frequent_turns
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +115,18 @@ class Servers:
 
     def on_a_thread(self, ask: Callable[[], _T]) -> Future[_T]:
         """`ask`, which asks servers, beside what the caller does. No other question may come before its end."""
-        return self._pool.submit(ask)
+        turns = ExitStack()
+        turns.enter_context(frequent_turns())
+
+        def run() -> _T:
+            with turns:
+                return ask()
+
+        try:
+            return self._pool.submit(run)
+        except RuntimeError:  # it is closed
+            turns.close()
+            raise
 
     def try_each(
         self,

@@ -51,14 +51,22 @@ class Transaction:
         left_out = self._promise()
         skew_s = self._publish(digests)
         # Not where it failed: there `Abort` goes first, because a door that opens before it breaks a promise.
-        self._doors.release(self._session, self._version)
+        if self._opens:
+            self._doors.opened()
+        else:
+            self._doors.release(self._session, self._version)
         self._servers.tell(self.abort("left out", fence=False), left_out, insist=True)  # a promise may stand there
         return skew_s
+
+    @property
+    def _opens(self) -> bool:
+        """Whether the commit of a single server opens its door, and there is no other one."""
+        return len(self._servers) == 1 and self._doors.shut <= set(self._servers.names)
 
     def _promise(self) -> Failed:
         """With a quorum, servers that cannot promise are left out, and returned: nothing is decided yet."""
         several, failed = len(self._servers) > 1, Failed()
-        to_hold = [name for name in self._servers.names if self._strict and not self._doors.is_shut(name)]
+        to_hold = [name for name in self._servers.names if self._strict and name not in self._doors.shut]
         if to_hold:
             failed |= self._doors.hold(to_hold, self._session, self._version, "commit", promise=several)
         others = [name for name in self._servers.names if name not in to_hold]
@@ -86,7 +94,11 @@ class Transaction:
             in_flight=self._in_flight,
             digests=digests,
         )
-        commits = [commit.model_copy(update={"held": self._doors.is_shut(name)}) for name in self._servers.names]
+        shut = self._doors.shut
+        commits = [
+            commit.model_copy(update={"held": name in shut, "opens": name in shut and self._opens})
+            for name in self._servers.names
+        ]
         self.decided = True  # whatever interrupts this from here on: some may have committed
         asked, answered = time.monotonic(), dict[str, float]()
         _, failed = self._servers.try_each(commits, self._doors.drained_s, answered)

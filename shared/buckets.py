@@ -4,10 +4,10 @@ Both sides compute the same `Layout` from the manifest, so no offsets travel; `p
 A quantized tensor takes two slots in the same bucket: codes (1 byte an element), then `weight_scale_inv` (fp32).
 A tensor larger than `bucket_bytes` gets a bucket of its own size.
 
-Nothing is on the wire while the first bucket is made, nor while the last one is taken in: both are small, and no bucket
-of one large tensor is among them.
+Nothing is on the wire while the first bucket is made, nor while the last one is taken in, so both are small, and
+buckets of one large tensor come behind full ones.
 
-    bytes   1/4 | large | 1/4 | large | 1/2 | 1 | 1 | ... | 1 | 1/2 | 1/4 | 1/4        of `bucket_bytes`
+    bytes   1/4 | 1 | large | 1 | large | 1 | 1 | ... | 1 | rest | 1/4        of `bucket_bytes`
 """
 
 from __future__ import annotations
@@ -141,26 +141,25 @@ def make_layout(tensors: Sequence[ManifestTensor], bucket_bytes: int = DEFAULT_B
 def _in_buckets(sized: Sequence[tuple[ManifestTensor, int]], bucket_bytes: int) -> list[list[ManifestTensor]]:
     """`sized`: tensors and their bytes, none of more than `bucket_bytes`."""
     found: list[list[ManifestTensor]] = []
-    placed, left, room = 0, sum(size for _, size in sized), 0
+    left, room, least = sum(size for _, size in sized), 0, bucket_bytes // 4
     for tensor, size in sized:
         if size > room:
+            room = min(bucket_bytes, left - least) if found and left > 2 * least else max(least, size)
+            room = max(room, size)
             found.append([])
-            room = max(size, min(bucket_bytes, max(bucket_bytes // 4, min(placed, left // 2))))
         found[-1].append(tensor)
-        placed, left, room = placed + size, left - size, room - size
+        left, room = left - size, room - size
     return found
 
 
 def _between(small: list[list[ManifestTensor]], large: list[list[ManifestTensor]]) -> list[list[ManifestTensor]]:
-    """One large bucket behind every small one, as long as there are any; the last bucket is a small one."""
-    found: list[list[ManifestTensor]] = []
-    for number, members in enumerate(small):
-        if number == len(small) - 1:
-            found += large[number:]
-        found.append(members)
-        if number < len(small) - 1:
-            found += large[number : number + 1]
-    return found or large
+    """One large bucket behind every small one but the first, as long as there are any; a small one is the last."""
+    first, middle, last = small[:1], small[1:-1], small[1:][-1:]
+    found, left = first, list(large)
+    for members in middle:
+        found = [*found, members, *left[:1]]
+        left = left[1:]
+    return [*found, *left, *last]
 
 
 def _bucket(index: int, tensors: Sequence[ManifestTensor]) -> Bucket:

@@ -136,7 +136,7 @@ class Verify(WireModel):
 class Commit(WireModel):
     """`held`: a Hold went before, so that no request runs already; without it the commit drains by `in_flight`.
 
-    `digests`: as of a Verify that did not go before.
+    `opens`: if it succeeds it is the Release, too. `digests`: as of a Verify that did not go before.
     """
 
     kind: Literal["commit"] = "commit"
@@ -145,6 +145,7 @@ class Commit(WireModel):
     drain_s: Seconds
     in_flight: InFlight = "wait"
     held: bool = False
+    opens: bool = False
     digests: Digests | None = None
 
 

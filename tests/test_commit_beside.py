@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -64,7 +65,7 @@ def sender(server: Server, late: type[Late]) -> Iterator[FP8Sender]:
 def commits(server: Server) -> list[str]:
     asked, handle = list[str](), server.control._handle
 
-    def note(message: protocol.Message) -> protocol.Reply:
+    def note(message: Any) -> protocol.Reply:
         reply = handle(message)
         asked.append(f"{message.kind}: {reply.error.kind if reply.error else reply.state}")
         return reply
@@ -77,7 +78,7 @@ def test_one_message_commits_what_comes_beside_it(server: Server, sender: FP8Sen
     """The commit is there first, and waits for the bucket."""
     asked, there, handle = commits(server), threading.Event(), server.control._handle
 
-    def commit_first(message: protocol.Message) -> protocol.Reply:
+    def commit_first(message: Any) -> protocol.Reply:
         if message.kind == "commit":
             there.set()
         return handle(message)
@@ -91,7 +92,12 @@ def test_one_message_commits_what_comes_beside_it(server: Server, sender: FP8Sen
 
 def test_a_bucket_that_takes_long(server: Server, sender: FP8Sender, late: type[Late]) -> None:
     asked = commits(server)
-    late.leave = staticmethod(lambda send: (time.sleep(0.3), send())[1])
+
+    def slowly(send: Callable[[], None]) -> None:
+        time.sleep(0.3)
+        send()
+
+    late.leave = staticmethod(slowly)
     sender.push(Trainer(2))
     assert asked[:2] == ["begin: RECEIVING", "commit: StillComingError"] and asked[-1] == "commit: SERVING"
     assert fingerprint(server.model) == expected(Trainer(2)) and server.version == 2
@@ -112,7 +118,12 @@ def test_a_bucket_that_never_leaves(server: Server, sender: FP8Sender, late: typ
 
 
 def test_a_wire_that_breaks_once_all_is_there(server: Server, sender: FP8Sender, late: type[Late]) -> None:
-    late.leave = staticmethod(lambda send: (send(), broken(send))[1])
+
+    def too_late(send: Callable[[], None]) -> None:
+        send()
+        broken(send)
+
+    late.leave = staticmethod(too_late)
     assert sender.push(Trainer(2)).version == 2
     assert fingerprint(server.model) == expected(Trainer(2)) and server.version == 2
     late.leave = staticmethod(lambda send: send())

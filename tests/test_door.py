@@ -319,7 +319,7 @@ def run_early(steps: Callable[[Receiving], Awaitable[Any]], monkeypatch: pytest.
 
 def test_the_schedulers_hear_of_it_before_the_door_opens(monkeypatch: pytest.MonkeyPatch) -> None:
     async def steps(schedulers: Receiving) -> None:
-        door = schedulers.door
+        door, schedulers.busy = schedulers.door, True
         assert (await door.hold(EARLY)).error is None and door.excludes
         assert (await door.begin(BEGIN)).exclusive
         await asyncio.sleep(0.1)
@@ -331,6 +331,21 @@ def test_the_schedulers_hear_of_it_before_the_door_opens(monkeypatch: pytest.Mon
 
     _, events = run_early(steps, monkeypatch)
     assert events == ["prepare", "shut (wait)", "prepare", "begin", "commit", "release", "open"]
+
+
+def test_a_commit_opens_the_door_if_it_is_to_and_succeeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def steps(schedulers: Receiving) -> None:
+        door, last = schedulers.door, HELD.model_copy(update={"opens": True})
+        assert (await door.hold(EARLY)).error is None
+        await door.begin(BEGIN)
+        schedulers.refused["commit"] = "TransferError"
+        assert (await door.commit(last)).error is not None and door.excludes
+        schedulers.refused.clear()
+        assert (await door.commit(last)).error is None
+        assert (door.excludes, door.coming) == (False, None)
+
+    _, events = run_early(steps, monkeypatch)
+    assert events == ["shut (wait)", "prepare", "begin", "commit", "commit", "open"], "nothing ran, nobody asked first"
 
 
 @pytest.mark.parametrize("hold", [None, HOLD, EARLY.model_copy(update={"version": 5})])
@@ -383,6 +398,7 @@ def test_a_push_that_never_ends_is_given_up_before_the_door_opens(monkeypatch: p
 def test_a_sender_that_is_gone_does_not_keep_the_next_one_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     async def steps(schedulers: Receiving) -> None:
         monkeypatch.setattr(door_module, "_WATCH_S", 60.0)
+        schedulers.busy = True
         await schedulers.door.hold(EARLY)
         await schedulers.door.begin(BEGIN)
         other = EARLY.model_copy(update={"session": "t", "version": 5})

@@ -140,7 +140,7 @@ def test_a_hold_whose_session_is_gone_before_its_begin(
 @pytest.mark.parametrize("kind", ["SessionLostError", "StaleVersionError", "ServerBusyError"])
 def test_no_request_has_to_end_for_a_push_that_cannot_begin(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     async def steps(schedulers: Watched) -> None:
-        schedulers.refused["prepare"] = kind
+        schedulers.refused["prepare"], schedulers.busy = kind, True
         reply = await schedulers.door.hold(EARLY)
         assert reply.error is not None and reply.error.kind == kind
         assert schedulers.events == ["prepare"], "the door was shut"

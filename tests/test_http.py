@@ -281,7 +281,7 @@ def test_a_held_door_opens_after_the_fence_is_known() -> None:
         b'{"kind":"close"}',
         b'{"kind":"close","session":"s","extra":1}',
         b'{"kind":"close","session":7}',
-        b'{"kind":"describe","protocol":5}',
+        b'{"kind":"describe","protocol":4}',
     ],
 )
 def test_what_is_no_message_goes_nowhere(body: bytes) -> None:

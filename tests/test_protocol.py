@@ -95,7 +95,7 @@ FIELDS = {
     "Verify": "kind session version digests",
     "Prepare": "kind session version hold_s before in_flight idle promise",
     "Hold": "kind session version drain_s hold_s in_flight before promise",
-    "Commit": "kind session version drain_s in_flight held digests",
+    "Commit": "kind session version drain_s in_flight held opens digests",
     "Release": "kind session version",
     "Abort": "kind session version reason fence",
     "Close": "kind session",
