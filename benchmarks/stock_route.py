@@ -78,7 +78,7 @@ def layout_of(weights: Mapping[str, Tensor], config: FP8BlockConfig, bucket_byte
 def staging_gb(weights: Mapping[str, Tensor], config: FP8BlockConfig, bucket_mib: Sequence[int]) -> str:
     """For `--fp8sync-staging`: an image, the largest bucket, and what a server holds beside its weights."""
     layouts = [layout_of(weights, config, mib << 20) for mib in bucket_mib]
-    num_bytes = layouts[0].num_bytes * 1.01 + max(layout.window_bytes(2) for layout in layouts) + 100e6
+    num_bytes = layouts[0].num_bytes * 1.01 + max(layout.window_bytes(3) for layout in layouts) + 100e6
     return f"{num_bytes / 1e9:.2f}"
 
 

@@ -92,8 +92,8 @@ class Room:
 
 
 def num_at_once(device: torch.device) -> int:
-    """Buckets that are there at a time: a GPU receives one while it takes the one before."""
-    return 2 if device.type == "cuda" else 1
+    """Buckets that are there at a time: a GPU takes one while the next comes and the one after has its place."""
+    return 3 if device.type == "cuda" else 1
 
 
 def aligned(num_bytes: int) -> int:

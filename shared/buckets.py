@@ -7,7 +7,7 @@ A tensor larger than `bucket_bytes` gets a bucket of its own size.
 Nothing is on the wire while the first bucket is made, nor while the last one is taken in, so both are small, and
 buckets of one large tensor come behind full ones.
 
-    bytes   1/4 | 1 | large | 1 | large | 1 | 1 | ... | 1 | rest | 1/4        of `bucket_bytes`
+    bytes   1/4 | 1 | large | 1 | 1 | large | 1 | 1 | ... | 1 | rest | 1/4        of `bucket_bytes`
 """
 
 from __future__ import annotations
@@ -97,16 +97,17 @@ class Layout:
         return max(bucket.num_bytes for bucket in self.buckets)
 
     def window_bytes(self, num_at_once: int) -> int:
-        """Memory for the buckets of a push, of which one, or a bucket and the next one (2), are there at a time."""
-        sizes = [bucket.num_bytes for bucket in self.buckets]
-        return max(sizes) if num_at_once == 1 else max(a + b for a, b in zip(sizes, [*sizes[1:], 0], strict=True))
+        """Memory for the buckets of a push, of which so many, one behind the other, are there at a time."""
+        return sum(self._window_sizes(num_at_once))
 
     def window(self, index: int, memory: torch.Tensor, num_at_once: int) -> torch.Tensor:
-        """Bucket `index` in `memory` (flat uint8, `window_bytes`): every other one lies at its end."""
-        size, first = self.buckets[index].num_bytes, 0
-        if num_at_once == 2 and index % 2:
-            first = memory.numel() - size
-        return memory[first : first + size]
+        """Bucket `index` in `memory` (flat uint8, `window_bytes`), whose parts they take in turns."""
+        first = sum(self._window_sizes(num_at_once)[: index % num_at_once])
+        return memory[first : first + self.buckets[index].num_bytes]
+
+    def _window_sizes(self, num_at_once: int) -> list[int]:
+        sizes = [bucket.num_bytes for bucket in self.buckets]
+        return [max(sizes[part::num_at_once], default=0) for part in range(num_at_once)]
 
     @cached_property
     def plan_hash(self) -> str:
@@ -153,12 +154,13 @@ def _in_buckets(sized: Sequence[tuple[ManifestTensor, int]], bucket_bytes: int) 
 
 
 def _between(small: list[list[ManifestTensor]], large: list[list[ManifestTensor]]) -> list[list[ManifestTensor]]:
-    """One large bucket behind every small one but the first, as long as there are any; a small one is the last."""
-    first, middle, last = small[:1], small[1:-1], small[1:][-1:]
-    found, left = first, list(large)
-    for members in middle:
-        found = [*found, members, *left[:1]]
-        left = left[1:]
+    """Of three buckets that are there at a time one is large: the third. If there are more, they come late."""
+    found, left, last = list[list[ManifestTensor]](), list(large), small[1:][-1:]
+    for members in small[: len(small) - len(last)]:
+        found.append(members)
+        if len(found) % 3 == 2:
+            found += left[:1]
+            left = left[1:]
     return [*found, *left, *last]
 
 

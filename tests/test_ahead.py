@@ -54,7 +54,7 @@ class Ahead:
         self._inner.close()
 
 
-@pytest.mark.parametrize("num_at_once", [1, 2])
+@pytest.mark.parametrize("num_at_once", [1, 2, 3])
 @pytest.mark.parametrize("way", ["reserved", "in_place"])
 def test_a_bucket_is_taken_where_it_arrived(
     num_at_once: int, way: protocol.StagingWay, monkeypatch: pytest.MonkeyPatch
