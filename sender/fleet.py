@@ -95,6 +95,7 @@ class Fleet:
         self._begun = False
         self._digests: list[int] = []
         self._num_buckets = 0
+        self._room: torch.Tensor | None = None  # where a bucket may be made
         self._waiting = deque[tuple[torch.Tensor, Callable[[], int]]]()  # buckets, with their digests
         self._transaction: Transaction | None = None
         self._tried_again = False  # with all servers, because nobody was to blame
@@ -292,7 +293,7 @@ class Fleet:
         """
         found = begin_digest(bucket, secret=self._secret, version=self._version, bucket=index)
         self._waiting.append((bucket, found))
-        if not _leaves_later(bucket):
+        if not _leaves_later(bucket) or bucket is self._room:
             self._with_blame(self._send_waiting)
         elif index < self._num_buckets - 1 or not self._commits_unasked:
             self._with_blame(lambda: self._send_waiting(but=1))
@@ -307,7 +308,8 @@ class Fleet:
     def room(self, num_bytes: int) -> torch.Tensor | None:
         """Where the bucket that comes next may be made, on whatever device that is; or None."""
         plane: object = self._plane
-        return plane.room(num_bytes) if isinstance(plane, HasRoom) and not self._waiting else None
+        self._room = plane.room(num_bytes) if isinstance(plane, HasRoom) and not self._waiting else None
+        return self._room
 
     def rehearse(self, bucket: torch.Tensor) -> None:
         """What `send` does on the device, to no effect."""

@@ -191,6 +191,7 @@ def test_both_ends_notice_a_host_that_went_down(door: SocketSender, pool: Thread
     assert isinstance(half, SocketReceiver)
     for connection in (door.links._ranks[0], half.link._sender):
         assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+        assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1
         idle, every, times = (
             connection.getsockopt(socket.IPPROTO_TCP, option)
             for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)

@@ -111,7 +111,7 @@ class CudaMapping:
         handle, uuid, first, num_bytes = _WHERE.unpack(where)
         if gpu is None:
             raise TransferError("a server receives on a GPU, and the trainer's rank 0 has none: use plane='tcp'")
-        self._gpu = gpu
+        self._gpu, self._is_own = gpu, _uuid(gpu) == uuid
         self._check_reach(uuid)
         with torch.cuda.device(gpu):
             base = ctypes.c_void_p()
@@ -124,6 +124,7 @@ class CudaMapping:
                     "processes of a host; in containers they share --ipc=host, or use plane='nccl' or 'tcp'"
                 )
             self._base, self._first, self._num_bytes = base, first, num_bytes
+            self._was_lent = False
             self._stream = torch.cuda.Stream(gpu, priority=-1)
 
     @property
@@ -153,10 +154,11 @@ class CudaMapping:
 
         The caller keeps `bucket` until then.
         """
-        if not self._base:
-            raise TransferError("the memory of a server was let go")
+        to = self._address(offset)
+        if to == bucket.data_ptr():  # it was made there
+            return lambda: True
         with torch.cuda.device(self._gpu):
-            to, stream = self._base.value + self._first + offset, ctypes.c_void_p(self._stream.cuda_stream)
+            stream = ctypes.c_void_p(self._stream.cuda_stream)
             wrong = _said(_runtime().cudaMemcpyAsync(to, bucket.data_ptr(), bucket.numel(), _DEFAULT, stream))
             if wrong is not None:
                 raise TransferError(f"a bucket could not be copied to the memory of a server: {wrong}")
@@ -165,12 +167,28 @@ class CudaMapping:
         return ended.query
 
     def room(self, offset: int, num_bytes: int) -> torch.Tensor | None:
-        """None: a kernel that writes here while the memory is unmapped would end the trainer's use of its GPU."""
-        return None
+        """That part of it, flat uint8, if it is of the GPU that copies; None if not: what is made is read again here,
+        for its digest, and to read over NVLink takes as long as to send.
+
+        Nothing may be asked to write there once this is closed.
+        """
+        if not self._is_own:
+            return None
+        self._was_lent, device = True, torch.device("cuda", self._gpu)
+        storage = torch._C._construct_storage_from_data_pointer(self._address(offset), device, num_bytes)
+        return torch.empty(0, dtype=torch.uint8, device=device).set_(storage, 0, (num_bytes,), (1,))
+
+    def _address(self, offset: int) -> int:
+        """Raises: TransferError: it is closed."""
+        if not self._base:
+            raise TransferError("the memory of a server was let go")
+        return int(self._base.value or 0) + self._first + offset
 
     def close(self) -> None:
-        """Unmap it; all that was begun has ended. Idempotent."""
+        """Unmap it; all copies that were begun have ended. Idempotent."""
         base, self._base = self._base, ctypes.c_void_p()
         if base:
             with torch.cuda.device(self._gpu):
+                if self._was_lent:  # a kernel that writes there would end the trainer's use of its GPU
+                    torch.cuda.synchronize(self._gpu)
                 _said(_runtime().cudaIpcCloseMemHandle(base))

@@ -48,6 +48,7 @@ _MOST_UNDER_WAY = 2
 _POLL_S, _LOOK_S = 50e-6, 0.01
 _MOST_AHEAD = 4  # places, and pieces of memory, that a rank may have named
 _PROBE_BYTES = 512
+_PLACE_S = 0.005
 _END_S = 5.0
 _SETTLE_S = 1.0  # after the end of a sender's process its GPU may still carry out a copy
 
@@ -85,6 +86,7 @@ class SameHostSender:
         self._ranks: list[_Rank] = []
         self._under_way: deque[_Copy] = deque()
         self._num_sent, self._closed = 0, False
+        self._is_lent = False  # memory of a GPU, to kernels that this does not know
 
     def join(self, rendezvous: Rendezvous) -> None:
         """Raises: TransferError: not every server rank joined within `rendezvous.timeout_s`, or one is elsewhere."""
@@ -103,13 +105,19 @@ class SameHostSender:
         The rank may spoil what lies there once it was sent.
         """
         with self.changed:
-            if self._closed or not self._ranks or not self._ranks[0].places:
+            first = self._ranks[0] if self._ranks and not self._closed else None
+            if first is None:
                 return None
-            return self._ranks[0].room(num_bytes)
+            if not first.places and first.is_on_gpu:  # the rank is about to say where
+                self.changed.wait_for(lambda: self._closed or first.gone is not None or first.places, _PLACE_S)
+            found = first.room(num_bytes) if first.places and not self._closed else None
+            self._is_lent = found is not None and found.is_cuda
+            return found
 
     def send(self, bucket: torch.Tensor, digest: int) -> None:
         deadline = time.monotonic() + self._timeout_s
         with self.changed:
+            self._is_lent = False  # what was made there is whole
             number, self._num_sent = self._num_sent, self._num_sent + 1
             self._wait_for_places(number, deadline)
             places = [(rank, rank.places.popleft()) for rank in self._ranks]
@@ -133,7 +141,7 @@ class SameHostSender:
         with self.changed:
             if self._closed:
                 return
-            self._closed = True
+            self._closed, self._is_lent = True, False
         for rank in self._ranks:
             self.links.stop_hearing(rank.number)
         deadline = time.monotonic() + _END_S
@@ -146,7 +154,7 @@ class SameHostSender:
         """Return when nothing is being written. For a rank that is gone nothing is begun."""
         while True:
             with self.changed:
-                if all(copy.ended() for copy in self._under_way):
+                if not self._is_lent and all(copy.ended() for copy in self._under_way):
                     return
             time.sleep(_POLL_S)
 
@@ -222,6 +230,10 @@ class _Rank:
         """Whether its thread has, by `deadline`, and nothing can be written any more."""
         self._thread.join(max(0.0, deadline - time.monotonic()))
         return not self._thread.is_alive() and not self._is_stuck
+
+    @property
+    def is_on_gpu(self) -> bool:
+        return any(isinstance(mapping, cuda_ipc.CudaMapping) for mapping in self._mapped.values())
 
     def room(self, num_bytes: int) -> torch.Tensor | None:
         place = self.places[0]

@@ -113,6 +113,55 @@ def test_buckets_of_the_host_reach_a_gpu(plane: SameHostSender) -> None:
         assert [peer.line() for _ in SIZES] == sums
 
 
+def room_for(plane: SameHostSender, size: int) -> torch.Tensor:
+    end = time.monotonic() + 10.0
+    while (room := plane.room(size)) is None:
+        assert time.monotonic() < end
+    assert room.device == torch.device("cuda", 0) and room.shape == (size,)
+    return room
+
+
+def test_buckets_are_made_where_they_go_on_the_same_gpu(plane: SameHostSender) -> None:
+    with Peer(plane, "0", 2, SIZES) as peer:
+        peer.step(len(SIZES))
+        for number, size in enumerate(SIZES):
+            data, room = bucket(size), room_for(plane, size)
+            room.copy_(data)
+            torch.cuda.synchronize()
+            plane.send(room, number)
+            assert peer.line() == f"{number} {sha256(data)}"
+        plane.flush()
+
+
+@TWO
+def test_buckets_are_not_made_where_they_would_be_read_over_nvlink(plane: SameHostSender) -> None:
+    with Peer(plane, "1", 2, SIZES) as peer:
+        peer.step(1)
+        plane.send(bucket(SIZES[0]), 1)
+        plane.flush()
+        assert peer.line().startswith("1 ")
+        end = time.monotonic() + 1.0
+        while time.monotonic() < end:
+            assert plane.room(SIZES[1]) is None
+
+
+def test_memory_that_is_lent_stays_until_it_comes_back(plane: SameHostSender) -> None:
+    """A kernel that wrote to memory which is no longer there would end the use of the GPU."""
+    with Peer(plane, "0", 1, SIZES) as peer:
+        peer.step(1)
+        room = room_for(plane, SIZES[0])
+        peer.process.kill()
+        peer.process.wait()
+        time.sleep(1.0)
+        room.fill_(1)
+        torch.cuda.synchronize()
+        with pytest.raises(TransferError, match="left the data plane"):
+            plane.send(room, 1)
+        plane.close()
+    torch.cuda.synchronize()
+    assert int(torch.ones(1000, device="cuda").sum()) == 1000
+
+
 @GPUS
 @pytest.mark.parametrize("steps", [0, 1, 2])
 def test_a_peer_that_dies_is_named_at_once(plane: SameHostSender, gpu: str, steps: int) -> None:
