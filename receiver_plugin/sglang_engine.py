@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+from collections.abc import Callable
+from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, Literal
@@ -134,7 +136,7 @@ class SglangEngine:
 
     def _flush_kv_cache(self) -> bool:
         scheduler = self._scheduler
-        knows_retracted = "ignore_waiting" in inspect.signature(scheduler.is_fully_idle).parameters
+        knows_retracted = _takes(scheduler.is_fully_idle, "ignore_waiting")
         if not scheduler._engine_paused or knows_retracted:
             return bool(scheduler.flush_cache(empty_cache=False))
         # Requests that a pause put back hold no KV cache; older releases would wait for them to end all the same.
@@ -220,6 +222,15 @@ def _refused_by_sglang(model: torch.nn.Module, only_elsewhere: bool = False) -> 
     can_leave_out = all(parameter.default is None for parameter in parameters)
     error = ask() if not parameters or (only_elsewhere and can_leave_out) else ask(model)
     return [] if error is None else [f"the model: SGLang says: {error}"]
+
+
+def _takes(method: Callable[..., Any], name: str) -> bool:
+    return name in _parameters_of(getattr(method, "__func__", method))
+
+
+@lru_cache
+def _parameters_of(function: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(function).parameters)
 
 
 def _scale_fmt(hf_config: Any) -> Literal["fp32", "ue8m0"]:
