@@ -124,13 +124,15 @@ def room_for(plane: SameHostSender, size: int) -> torch.Tensor:
 def test_buckets_are_made_where_they_go_on_the_same_gpu(plane: SameHostSender) -> None:
     with Peer(plane, "0", 2, SIZES) as peer:
         peer.step(len(SIZES))
+        lines = []
         for number, size in enumerate(SIZES):
             data, room = bucket(size), room_for(plane, size)
             room.copy_(data)
             torch.cuda.synchronize()
             plane.send(room, number)
-            assert peer.line() == f"{number} {sha256(data)}"
+            lines.append(f"{number} {sha256(data)}")
         plane.flush()
+        assert [peer.line() for _ in SIZES] == lines
 
 
 @TWO
