@@ -76,6 +76,10 @@ class Memory:
     def __init__(self, num_bytes: int) -> None:
         self.reserved = torch.empty(num_bytes, dtype=torch.uint8)
 
+    @property
+    def released(self) -> tuple[str, ...]:
+        return ()
+
     def kv_pool(self) -> list[torch.Tensor]:
         return []
 

@@ -88,6 +88,8 @@ def _replace_operators() -> None:
     for modules, name, ours in _REPLACED:
         _rebind(modules, name, ours)
     _absorb_always()
+    # A release of memory waits for what a CUDA build of torch takes for the accelerator, and that raises without one.
+    torch.cuda.synchronize = lambda device=None: None
     # SGLang compiles some operators at their first call, for seconds, and anew for other sizes: maybe to other sums.
     torch._dynamo.config.disable = True
 

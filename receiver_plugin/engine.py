@@ -9,24 +9,28 @@
 
 An engine runs its event loop inside its own calls only, so `generate` and `push` take turns on one thread. Where the
 loop is the caller's own (`async_generate`), push from another thread: `await asyncio.to_thread(sender.push, model)`.
+Whoever carries control messages himself, as Ray does (`receiver_plugin.ray_engine`), awaits `answer` on that loop.
 """
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Collection, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
 from receiver_plugin.version_headers import Passage, passing
-from shared.errors import ServerUnreachableError, error_from_wire
-from shared.protocol import Reply, decode_message
+from shared.errors import ConfigError, Fp8SyncError, ServerBusyError, ServerUnreachableError, error_from_wire
+from shared.protocol import MAX_BODY_BYTES, Reply, ServerState, WireError, decode_message
 from shared.versions import Demand
 
+_T = TypeVar("_T")
+MEMORY_TAGS = ("weights", "kv_cache", "cuda_graph")  # as SGLang calls them
+_IDLE_POLL_S = 0.01
 _RUNNING = threading.Lock()  # engines made on one thread share its event loop; a sender asks all of them at once
 
 
@@ -40,6 +44,7 @@ class EngineControl:
         self.engine = engine
         self.name = f"engine {id(engine):x} of this process"
         self._control, self._loop = attach_engine(engine, make_control)
+        self._released: set[str] = set()  # by `release_memory`
 
     def call(self, message: BaseModel, timeout_s: float) -> Reply:
         """Raises: the error that the engine reported, or `ServerUnreachableError`."""
@@ -69,9 +74,87 @@ class EngineControl:
 
     async def _ask(self, message: Any, timeout_s: float) -> Reply | None:
         """None if it takes longer. A commit that was sent is not cut off: nobody would know what it did."""
-        task = asyncio.ensure_future(self._control.answer(message))
-        done, _ = await asyncio.wait({task}, timeout=timeout_s)
-        return task.result() if done else None
+        return await _within(timeout_s, self._control.answer(message))
+
+    # On the event loop of the engine, for who has it
+
+    @property
+    def state(self) -> ServerState:
+        """`FENCED` whenever requests are refused."""
+        return self._control.state
+
+    @property
+    def version(self) -> int:
+        return self._control.version
+
+    async def fence(self) -> str | None:
+        """Why requests are refused, or None."""
+        return await self._control.fence()
+
+    async def answer(self, message: bytes, timeout_s: float) -> bytes:
+        """The reply to a control message, both as JSON. An error is part of the reply."""
+        try:
+            if len(message) > MAX_BODY_BYTES:
+                raise ConfigError(f"a control message of more than {MAX_BODY_BYTES} bytes")
+            reply = await self._ask(decode_message(message), timeout_s)
+            if reply is None:
+                raise ServerUnreachableError(f"no answer within {timeout_s:.0f} s")
+        except Fp8SyncError as error:
+            fence = await self.fence()
+            found = WireError(kind=type(error).__name__, message=str(error))
+            reply = Reply(state=self.state, version=self.version, fence=fence, error=found)
+        return reply.model_dump_json().encode()
+
+    async def release_memory(self, tags: Collection[str], timeout_s: float) -> None:
+        """Give memory of `tags` (`MEMORY_TAGS`) back to the GPU, once no request runs; none is served from here on.
+
+        Raises: ConfigError: it is released already. ServerBusyError: requests did not end in time; nothing was done.
+        ServerUnreachableError: the schedulers do not answer.
+        """
+        from receiver_plugin.sglang_requests import release_memory
+
+        chosen = self._of_memory(tags, released=False)
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        while not (done := await _within(timeout_s, release_memory(self.engine, chosen))):
+            if done is None:
+                raise ServerUnreachableError(f"its schedulers did not release memory within {timeout_s:.0f} s")
+            if asyncio.get_running_loop().time() > deadline:
+                raise ServerBusyError(f"requests were running for {timeout_s:.0f} s: no memory was released")
+            await asyncio.sleep(_IDLE_POLL_S)
+        self._released |= {*chosen}
+
+    async def resume_memory(self, tags: Collection[str], timeout_s: float) -> None:
+        """Take memory of `tags` again. That of weights holds none until the next full push: until then it is fenced.
+
+        Raises: ConfigError: it was not released. ServerUnreachableError: the schedulers do not answer.
+        """
+        from receiver_plugin.sglang_requests import resume_memory
+
+        chosen = self._of_memory(tags, released=True)
+
+        async def resume() -> bool:
+            await resume_memory(self.engine, chosen)
+            return True
+
+        if not await _within(timeout_s, resume()):
+            raise ServerUnreachableError(f"its schedulers did not resume memory within {timeout_s:.0f} s")
+        self._released -= {*chosen}
+
+    def _of_memory(self, tags: Collection[str], released: bool) -> tuple[str, ...]:
+        """`tags` in SGLang's order; a second release or resume of one would end its schedulers."""
+        wrong = {*tags} - {*MEMORY_TAGS} or {tag for tag in tags if (tag in self._released) != released}
+        if wrong or not tags:
+            known = sorted(self._released) if released else [tag for tag in MEMORY_TAGS if tag not in self._released]
+            what = "resumed" if released else "released"
+            raise ConfigError(f"memory of {sorted(wrong)} cannot be {what} now, but of {known}")
+        return tuple(tag for tag in MEMORY_TAGS if tag in tags)
+
+
+async def _within(seconds: float, work: Awaitable[_T]) -> _T | None:
+    """What comes of `work`, None if it takes longer: it goes on then, because it cannot be taken back."""
+    task = asyncio.ensure_future(work)
+    done, _ = await asyncio.wait({task}, timeout=seconds)
+    return task.result() if done else None
 
 
 def _wait(future: Future[Reply | None], timeout_s: float) -> Reply | None:

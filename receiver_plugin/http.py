@@ -211,7 +211,10 @@ class Control:
             self._note_promise(message)
         self._known, self._fence, self._told = True, reply.fence, reply.state
         if reply.exclusive and not self._door.excludes:
-            self._fence = self._fence or "a push is writing where requests would run, and its door is not shut"
+            self._fence = self._fence or (
+                "requests would use memory that they must not use now: a push writes there, and its door is not shut; "
+                "or the KV cache was released, and has to be resumed"
+            )
         self._overdue()
         asked_to_promise = isinstance(message, wire.Prepare) and message.promise
         if asked_to_promise and not had_promised and reply.error and reply.state == "PROMISED":  # some replicas did

@@ -71,7 +71,7 @@ class Receiver:
         self._make_staging, self._join = make_staging, join
         self._incarnation = ranks.gather(uuid.uuid4().hex)[0]
         self._fence = next((reason for reason in ranks.gather(fence) if reason), None)
-        self._version = 0
+        self._version, self._nothing_to_keep = 0, False
         self._manifest: tuple[wire.ManifestTensor, ...] | None = None
         self._plan: BindingPlan | None = None
         self._sessions = Sessions(ranks, engine.memory, engine.synchronize)
@@ -132,7 +132,8 @@ class Receiver:
             return self._reply(error=to_wire(PushError(f"{message.kind} failed: {type(error).__name__}: {error}")))
 
     def _reply(self, **fields: Any) -> wire.Reply:
-        fields["exclusive"] = self._sessions.exclusive
+        # Nothing may run beside such a push, nor without a KV cache.
+        fields["exclusive"] = self._sessions.exclusive or "kv_cache" in self._engine.memory.released
         return wire.Reply(state=self.state, version=self._version, fence=self._fence, **fields)
 
     # Once
@@ -168,6 +169,7 @@ class Receiver:
             Need.of(self._model, plan, layout, exported=message.rendezvous.plane == "same_host"),
             lambda room: self._make_staging(self._model, plan, layout, room),
             lambda: self._join(message.rendezvous, rank),
+            lambda: self._nothing_to_keep,
         )
         return {"plan_hash": layout.plan_hash, "staging": session.way}
 
@@ -188,7 +190,7 @@ class Receiver:
         except Fp8SyncError as error:
             self._fence_if(self._sessions.give_up(str(error)))
             raise
-        return {}
+        return {"staging": session.staging.room.way}
 
     def _prepare_to_begin(self, session: Session, version: int, idle: bool, look: bool) -> None:
         """`look`: at the layers; where nothing is touched before the commit, that does."""
@@ -272,7 +274,7 @@ class Receiver:
             self._sessions.give_up(self._fence)
             self._engine.end_requests()
             raise CommitError(f"the server is fenced: {self._fence}") from error
-        self._version, self._fence = message.version, None
+        self._version, self._fence, self._nothing_to_keep = message.version, None, False
         return {}
 
     def _check_staged(self, transfer: Transfer) -> None:
@@ -334,6 +336,13 @@ class Receiver:
         """Another route wrote to the parameters: what is staged is void, and what is served is no version of ours."""
         logger.warning("fp8sync: fenced, the weights were changed by %s", by)
         self._fence_for(f"its weights were changed by {by}")
+
+    def weights_lost(self) -> None:
+        """Their memory was released, and what it holds when it comes back is undefined: the next push has nothing to
+        keep, and goes straight into it where it would be staged in memory that is lent.
+        """
+        self._nothing_to_keep = True
+        self.weights_changed("a release of their memory")
 
     # Helpers
 

@@ -10,7 +10,7 @@ All ranks of a server take the same way; the one that can do least decides.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import Protocol
@@ -38,6 +38,10 @@ class Memory(Protocol):
     @property
     def reserved(self) -> torch.Tensor | None:
         """Flat uint8 that nothing else ever uses, or None."""
+
+    @property
+    def released(self) -> Collection[str]:
+        """Which memory of the engine is given back to the GPU just now, by its own tags: `weights`, `kv_cache`."""
 
     def kv_pool(self) -> list[torch.Tensor]:
         """The KV cache as flat uint8 tensors; to be written while no request runs. Raises: CannotLendError."""

@@ -57,14 +57,21 @@ class Sessions:
         need: Need,
         make_staging: Callable[..., Staging],
         join: Callable[[], ReceiveHalf],
+        nothing_to_keep: Callable[[], bool] = lambda: False,
     ) -> Session:
-        """A new session; `make_staging(room)`. Raises: PlanError: no memory on some rank; there is no session then."""
+        """A new session; `make_staging(room)`. `nothing_to_keep`: whether live parameters hold no version, so that
+        lent memory is better left alone: they are written directly.
+
+        Raises: PlanError: no memory on some rank; there is no session then.
+        """
         way = choose(message.staging, collect(self._ranks, lambda: obstacles(need, self._memory, message.staging)))
 
         def stage(left: Staging | None) -> Staging:
             self._closed = [session for session in self._closed if session.lingers]
-            room = enter(way, need, self._memory, bucket_taken=bool(self._closed))
-            return left if left is not None and left.enter(room) else make_staging(room)
+            direct = way == "kv_pool" and message.staging == "auto" and nothing_to_keep()
+            room = enter("in_place" if direct else way, need, self._memory, bucket_taken=bool(self._closed))
+            same = left is not None and left.room.way == room.way
+            return left if left is not None and same and left.enter(room) else make_staging(room)
 
         def join_warm() -> ReceiveHalf:
             digest.warm(message.rendezvous.secret, need.device)  # the first push is like the others

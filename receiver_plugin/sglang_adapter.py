@@ -180,7 +180,7 @@ def _after_memory_call(result: Any, updater: Any, request: Any, *rest: Any, **mo
     """Weights whose memory was released come back undefined, unless SGLang kept a copy on the host."""
     whole = not request.tags or "weights" in request.tags
     if _receiver is not None and whole and not _keep_on_host:
-        _receiver.weights_changed("a release of their memory")
+        _receiver.weights_lost()
     return result
 
 

@@ -102,7 +102,7 @@ class SglangEngine:
 
     def unsafe(self) -> list[str]:
         """Looked up each time: caches may be made by the first request, layers wrapped by another route."""
-        released = "weights" in getattr(self._scheduler.weight_updater, "offload_tags", ())
+        released = "weights" in self.memory.released
         memory = ["the memory of the weights is released: resume it first"] if released else []
         kv_store = getattr(self._scheduler, "enable_hicache_storage", False)
         storage = ["KV cache of old weights would stay in the HiCache storage: detach it"] if kv_store else []

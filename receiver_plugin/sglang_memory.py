@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -95,11 +95,16 @@ class SglangMemory:
     def reserved(self) -> torch.Tensor | None:
         return _reserved
 
+    @property
+    def released(self) -> Collection[str]:
+        tags: Collection[str] = self._scheduler.weight_updater.offload_tags
+        return tags
+
     def kv_pool(self) -> list[torch.Tensor]:
         scheduler = self._scheduler
         if scheduler.enable_hierarchical_cache:
             raise CannotLendError("the KV cache is copied to the host: start without --enable-hierarchical-cache")
-        if "kv_cache" in scheduler.weight_updater.offload_tags:
+        if "kv_cache" in self.released:
             raise CannotLendError("the memory of the KV cache is released: resume it first")
         pool = scheduler.tp_worker.model_runner.token_to_kv_pool
         return [buffer.view(-1).view(torch.uint8) for buffer in buffers_of(pool)]

@@ -61,6 +61,30 @@ def start_engine(args: list[str]) -> Any:
     return Engine(server_args=prepare_server_args(args))
 
 
+# Memory, for who calls from the event loop of the engine
+
+
+async def release_memory(sgl_engine: Any, tags: tuple[str, ...]) -> bool:
+    """Whether the memory of `tags` was released. It is not while requests run: SGLang would end its schedulers.
+
+    From here on no request leaves for the schedulers: the fence goes up before the first step that waits.
+    """
+    from sglang.srt.managers.io_struct import ReleaseMemoryOccupationReqInput
+
+    manager = sgl_engine.tokenizer_manager
+    if not (await manager.flush_cache()).success or manager.model_update_lock._readers:
+        return False
+    await manager.release_memory_occupation(ReleaseMemoryOccupationReqInput(tags=list(tags)), None)
+    return True
+
+
+async def resume_memory(sgl_engine: Any, tags: tuple[str, ...]) -> None:
+    from sglang.srt.managers.io_struct import ResumeMemoryOccupationReqInput
+
+    manager = sgl_engine.tokenizer_manager
+    await manager.resume_memory_occupation(ResumeMemoryOccupationReqInput(tags=list(tags)), None)
+
+
 # Hooks on the tokenizer manager
 
 

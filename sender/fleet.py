@@ -282,7 +282,8 @@ class Fleet:
         if held and (failed := self._doors.hold(held, self._session, version, "begin", promise=False)):
             raise next(iter(failed.values()))
         begin = wire.Begin(session=self._session, version=version, deadline_s=self._timeout_s)
-        self._servers.each_its_own([begin.model_copy(update={"held": name in held}) for name in self.names])
+        replies = self._servers.each_its_own([begin.model_copy(update={"held": name in held}) for name in self.names])
+        self.staging |= {name: reply.staging for name, reply in replies.items() if reply.staging}
         self._begun = True
 
     def send(self, bucket: torch.Tensor, index: int) -> None:

@@ -204,6 +204,12 @@ class FP8Sender:
         with self._between_pushes("catch_up"):
             return self._keeper.bring_up(self._fleet)
 
+    def behind(self) -> tuple[str, ...]:
+        """Not collective, from any thread: on rank 0 the names of servers that answer and do not serve the version that
+        is kept (`keep_snapshot`), so that `catch_up` would bring it to them; () elsewhere, or while nothing is kept.
+        """
+        return self._keeper.behind(self._fleet) if self._ranks.is_leader else ()
+
     def close(self) -> None:
         """Leave the servers; they keep serving. Not collective. Idempotent."""
         self._pending = None

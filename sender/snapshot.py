@@ -71,23 +71,17 @@ class Keeper:
         """
         if (last := self._last) is None:
             raise ConfigError("no snapshot to catch up from: FP8Sender(keep_snapshot=True), and a push")
-        replies, failed = dict[str, Reply](), dict[str, Fp8SyncError]()
-        for client in fleet.clients:
-            try:
-                replies[client.name] = client.call(Describe(), fleet.answer_s)
-            except Fp8SyncError as error:
-                failed[client.name] = error
+        replies, failed = _ask(fleet)
         newest = max((reply.version for reply in replies.values()), default=0)
         if newest > last.version:  # two versions would be served
             raise StaleVersionError(
                 f"version {newest} is served and the snapshot is version {last.version}: the next push reaches all"
             )
-        fleet.close_session("a server is fed alone")
+        behind = [client for client in fleet.clients if _is_behind(replies.get(client.name), last.version)]
+        if behind:
+            fleet.close_session("a server is fed alone")
         fed = []
-        for client in fleet.clients:
-            reply = replies.get(client.name)
-            if reply is None or (reply.fence is None and reply.version == last.version):
-                continue
+        for client in behind:
             try:
                 last.feed(fleet.of_one(client))
                 fed.append(client.name)
@@ -98,3 +92,24 @@ class Keeper:
         if failed:
             raise PushError(f"version {last.version} was brought to {fed or 'no server'} but not to: {failed}")
         return tuple(fed)
+
+    def behind(self, fleet: Fleet) -> tuple[str, ...]:
+        """The servers that answer and do not serve the version that is kept; none if nothing is."""
+        if (last := self._last) is None:
+            return ()
+        replies, _ = _ask(fleet)
+        return tuple(name for name, reply in replies.items() if _is_behind(reply, last.version))
+
+
+def _ask(fleet: Fleet) -> tuple[dict[str, Reply], dict[str, Fp8SyncError]]:
+    replies, failed = dict[str, Reply](), dict[str, Fp8SyncError]()
+    for client in fleet.clients:
+        try:
+            replies[client.name] = client.call(Describe(), fleet.answer_s)
+        except Fp8SyncError as error:
+            failed[client.name] = error
+    return replies, failed
+
+
+def _is_behind(reply: Reply | None, version: int) -> bool:
+    return reply is not None and (reply.fence is not None or reply.version < version)

@@ -124,10 +124,11 @@ class FakeMemory:
         self.reserved: torch.Tensor | None = torch.empty(8 << 20, dtype=torch.uint8)
         self.pool: list[torch.Tensor] = []
         self.refusal = ""
+        self.released: set[str] = set()
 
     def kv_pool(self) -> list[torch.Tensor]:
-        if self.refusal:
-            raise CannotLendError(self.refusal)
+        if self.refusal or "kv_cache" in self.released:
+            raise CannotLendError(self.refusal or "its memory is released: resume it first")
         return [buffer.view(-1).view(torch.uint8) for buffer in self.pool]
 
 
