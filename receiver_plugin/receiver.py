@@ -342,7 +342,7 @@ class Receiver:
         keep, and goes straight into it where it would be staged in memory that is lent.
         """
         self._nothing_to_keep = True
-        self.weights_changed("a release of their memory")
+        self.weights_changed(wire.MEMORY_RELEASED)
 
     # Helpers
 

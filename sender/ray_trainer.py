@@ -83,7 +83,7 @@ class RayControl:
 class Watch:
     """Brings the last version to engines that have started again, from a thread of rank 0, while training goes on.
 
-    Not where memory of weights is released and resumed in turn with pushes: every resume would be taken for a restart.
+    It leaves alone those whose memory of weights was released: who resumes it pushes.
     """
 
     def __init__(self, sender: FP8Sender, every_s: float) -> None:

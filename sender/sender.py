@@ -207,6 +207,7 @@ class FP8Sender:
     def behind(self) -> tuple[str, ...]:
         """Not collective, from any thread: on rank 0 the names of servers that answer and do not serve the version that
         is kept (`keep_snapshot`), so that `catch_up` would bring it to them; () elsewhere, or while nothing is kept.
+        Servers whose memory of weights was released are left out: they wait for the push that follows its return.
         """
         return self._keeper.behind(self._fleet) if self._ranks.is_leader else ()
 

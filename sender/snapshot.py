@@ -9,7 +9,7 @@ import torch
 from sender.fleet import Fleet
 from sender.plan import PushPlan
 from shared.errors import ConfigError, Fp8SyncError, PlanError, PushError, StaleVersionError
-from shared.protocol import Describe, Reply
+from shared.protocol import MEMORY_RELEASED, Describe, Reply
 
 
 @dataclass(frozen=True)
@@ -94,11 +94,15 @@ class Keeper:
         return tuple(fed)
 
     def behind(self, fleet: Fleet) -> tuple[str, ...]:
-        """The servers that answer and do not serve the version that is kept; none if nothing is."""
+        """The servers that answer and do not serve the version that is kept; none if nothing is.
+
+        Without those whose memory was released: a push comes when it is resumed, and this version would be in its way.
+        """
         if (last := self._last) is None:
             return ()
         replies, _ = _ask(fleet)
-        return tuple(name for name, reply in replies.items() if _is_behind(reply, last.version))
+        found = {name: reply.fence or "" for name, reply in replies.items() if _is_behind(reply, last.version)}
+        return tuple(name for name, fence in found.items() if MEMORY_RELEASED not in fence)
 
 
 def _ask(fleet: Fleet) -> tuple[dict[str, Reply], dict[str, Fp8SyncError]]:

@@ -46,6 +46,8 @@ InFlight = Literal[Drain, "keep"]
 StagingWay = Literal["reserved", "kv_pool", "in_place"]
 StagingChoice = Literal["auto", "reserved", "kv_pool", "in_place"]
 
+# In the fence of a server whose weights are gone on purpose: whoever resumes their memory pushes, too.
+MEMORY_RELEASED = "a release of their memory"
 
 Seconds = Annotated[float, Field(gt=0, le=LONGEST_DEADLINE_S, allow_inf_nan=False)]
 

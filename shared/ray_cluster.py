@@ -40,7 +40,7 @@ from shared.errors import ConfigError, Fp8SyncError, IncompatibleServerError, Pu
 logger = logging.getLogger(__name__)
 
 _ENVIRONMENT = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
-_PROBE_SHARE = 0.01
+_SHARE, _PROBE_SHARE = 0.3, 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,9 +213,9 @@ class Cluster:
         self.slots = ()
 
     def _options(self, slot: Slot) -> dict[str, Any]:
-        """Less than half of a slot for each actor: both fit, whatever is rounded."""
+        """Less than a third of a slot: a trainer, an engine, and room for what you start beside them."""
         strategy = PlacementGroupSchedulingStrategy(slot.group, placement_group_bundle_index=slot.bundle)
-        share = {"num_cpus": 0.45 * self._cpus, "num_gpus": 0.45 if self._gpus else 0}
+        share = {"num_cpus": _SHARE * self._cpus, "num_gpus": _SHARE if self._gpus else 0}
         return {**share, "scheduling_strategy": strategy, "runtime_env": {"env_vars": _ENVIRONMENT}}
 
 
