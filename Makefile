@@ -5,7 +5,7 @@
 
 VENV ?= .venv
 PYTHON ?=
-EXTRAS := sglang,dev# Ray is left out as long as no test and no example uses it
+EXTRAS := sglang,ray,dev
 
 ifeq ($(strip $(VENV)),)
 $(error VENV is empty: leave it out, or name a folder)
