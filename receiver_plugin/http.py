@@ -25,6 +25,10 @@ logger = logging.getLogger(__name__)
 
 _PROMISE_SLACK_S = 60.0  # for the schedulers' own time to answer, once requests have ended
 
+_EXCLUDED = (
+    "requests would use memory that they must not use now: a push writes there, and its door is not shut; "
+    "or the KV cache was released, and has to be resumed"
+)
 _STATUS = {
     "ConfigError": 400,
     "PlanError": 422,
@@ -210,11 +214,10 @@ class Control:
         elif reply.error is None:
             self._note_promise(message)
         self._known, self._fence, self._told = True, reply.fence, reply.state
-        if reply.exclusive and not self._door.excludes:
-            self._fence = self._fence or (
-                "requests would use memory that they must not use now: a push writes there, and its door is not shut; "
-                "or the KV cache was released, and has to be resumed"
-            )
+        # A push that uses the door's hold is over with these two: what may still not be used is the KV cache.
+        over = isinstance(message, wire.Commit | wire.Release) and reply.error is None
+        if reply.exclusive and (over or not self._door.excludes):
+            self._fence = self._fence or _EXCLUDED
         self._overdue()
         asked_to_promise = isinstance(message, wire.Prepare) and message.promise
         if asked_to_promise and not had_promised and reply.error and reply.state == "PROMISED":  # some replicas did

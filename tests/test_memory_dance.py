@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+import threading
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +16,8 @@ from receiver_plugin import sglang_requests
 from receiver_plugin.engine import EngineControl
 from receiver_plugin.http import Control
 from receiver_plugin.probe import fingerprint
+from sender import FP8Sender
+from sender.control import InProcessControl
 from shared import errors, protocol
 from shared.protocol import StagingWay
 from tests.test_http import FakeChannel
@@ -144,30 +148,61 @@ def test_others_are_not_brought_up_in_the_middle() -> None:
         assert sender.catch_up() == ("a", "b") and is_served(server, 3) and is_served(other, 3)
 
 
-def test_nothing_runs_without_a_kv_cache() -> None:
+class Process:
+    """The process that takes requests, with its event loop on a thread."""
+
+    num_replicas, busy = 1, False
+
+    def __init__(self, server: Watched) -> None:
+        self._server, self.control = server, Control(self)
+        self.fenced_at_opening: list[str | None] = []
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, daemon=True).start()
+        self.client = InProcessControl("server", lambda message: self.run(self.control.answer(message)))
+
+    def run(self, step: Coroutine[Any, Any, Any]) -> Any:
+        return asyncio.run_coroutine_threadsafe(step, self._loop).result(10.0)
+
+    async def ask(self, message: Any) -> tuple[protocol.Reply, ...]:
+        return (self._server.receiver.handle(message),)
+
+    @asynccontextmanager
+    async def drained(self, in_flight: protocol.Drain) -> AsyncIterator[None]:
+        yield
+        self.fenced_at_opening.append(await self.control.fence())
+
+    def abort_all(self) -> None:
+        pass
+
+    def publish(self, version: int) -> None:
+        pass
+
+
+@pytest.mark.parametrize("lost", [False, True])
+@pytest.mark.parametrize("way", ["reserved", "in_place"])
+def test_nothing_runs_without_a_kv_cache(way: StagingWay, lost: bool) -> None:
     """The version is served as far as its weights go, and told so; requests are refused until the cache is back."""
-    server = Watched("in_place")
-    control = Control(SimpleNamespace(num_replicas=1, ask=asks(server), publish=lambda version: None, busy=False))  # type: ignore[arg-type]
-    with made(server) as sender:
+    server = Watched(way)
+    process = Process(server)
+    control = process.control
+    with FP8Sender([process.client], plane="memory", timeout_s=5.0, bucket_bytes=64 << 10) as sender:
         sender.push(Trainer(1))
-        assert asyncio.run(control.fence()) is None
+        assert process.run(control.fence()) is None and control.state == "SERVING"
         release(server, "kv_cache")
-        reply = asyncio.run(control.answer(protocol.Describe()))
+        reply = process.run(control.answer(protocol.Describe()))
         assert (reply.fence, reply.state, reply.version, reply.exclusive) == (None, "SERVING", 1, True)
-        assert control.state == "FENCED" and "KV cache was released" in str(asyncio.run(control.fence()))
-        assert sender.push(Trainer(2)).version == 2
-        asyncio.run(control.answer(protocol.Describe()))
-        assert control.state == "FENCED"
+        assert control.state == "FENCED" and "KV cache was released" in str(process.run(control.fence()))
+        if lost:
+            release(server, "weights")
+            resume(server, "weights")
+        process.fenced_at_opening.clear()
+        report = sender.push(Trainer(2))
+        assert report.version == 2 and is_served(server, 2)
+        assert process.fenced_at_opening and all(process.fenced_at_opening), "a request that waited would have run"
+        assert control.state == "FENCED" and "KV cache was released" in str(process.run(control.fence()))
         resume(server, "kv_cache")
-        asyncio.run(control.answer(protocol.Describe()))
-        assert asyncio.run(control.fence()) is None and control.state == "SERVING"
-
-
-def asks(server: Watched) -> Any:
-    async def ask(message: Any) -> tuple[protocol.Reply, ...]:
-        return (server.receiver.handle(message),)
-
-    return ask
+        process.run(control.answer(protocol.Describe()))
+        assert process.run(control.fence()) is None and control.state == "SERVING"
 
 
 # The engine that releases

@@ -6,6 +6,7 @@ a real one. After each death: nothing waits beyond its deadline, no two versions
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 import ray
 from ray.exceptions import RayActorError
 
+from receiver_plugin.ray_engine import EngineActor
 from sender.ray_trainer import RayControl, ordinal_of
 from shared import errors, protocol
 from shared.ray_cluster import Cluster, EngineSpec, Slot, colocate, divided
@@ -292,3 +294,21 @@ def test_a_trainer_finds_its_gpu(
             ordinal_of(gpu)
     else:
         assert ordinal_of(gpu) == ordinal
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_an_engine_of_an_actor_starts_in_an_environment_of_its_own(
+    again: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without what torchrun left; with its own GPUs; without a checkpoint if it is not the first time."""
+    started = list[list[str]]()
+    monkeypatch.setattr("receiver_plugin.ray_engine.start", lambda args: started.append(args))
+    monkeypatch.setattr("receiver_plugin.ray_engine.was_restarted", lambda: again)
+    for name in ("TORCHELASTIC_USE_AGENT_STORE", "RANK", "MASTER_PORT"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    monkeypatch.setenv("MINE", "before")
+    EngineActor(["--model-path", "M", "--tp-size", "2"], ["3", "GPU-aa"], {"MINE": "after"})
+    gone = {"TORCHELASTIC_USE_AGENT_STORE", "RANK", "MASTER_PORT"} & set(os.environ)
+    assert not gone and os.environ["CUDA_VISIBLE_DEVICES"] == "3,GPU-aa" and os.environ["MINE"] == "after"
+    assert started == [["--model-path", "M", "--tp-size", "2", *(["--load-format", "dummy"] if again else [])]]
