@@ -184,7 +184,7 @@ def test_nothing_runs_without_a_kv_cache(way: StagingWay, lost: bool) -> None:
     """The version is served as far as its weights go, and told so; requests are refused until the cache is back."""
     server = Watched(way)
     process = Process(server)
-    control = process.control
+    control: Any = process.control
     with FP8Sender([process.client], plane="memory", timeout_s=5.0, bucket_bytes=64 << 10) as sender:
         sender.push(Trainer(1))
         assert process.run(control.fence()) is None and control.state == "SERVING"
