@@ -128,7 +128,7 @@ class TrainerActor:
         return host, int(self._store.port)
 
     def join(self, rank: int, size: int, address: tuple[str, int], gpu: str, timeout_s: float) -> None:
-        """Open the process group, then `set_up`. The same `timeout_s` is that of the group's collectives.
+        """Open the process group, then `set_up`. `timeout_s`: of the others to come, and of the group's collectives.
 
         The store is given explicitly: a torchrun job, or another Ray job, may have left its own in the environment.
 
@@ -139,6 +139,7 @@ class TrainerActor:
         if gpu:
             self.device = torch.device("cuda", ordinal_of(gpu))
             torch.cuda.set_device(self.device)
+            torch.cuda.init()  # or a device mesh would choose the GPU by rank
         try:
             if rank != 0:
                 self._store = dist.TCPStore(*address, is_master=False, timeout=until)

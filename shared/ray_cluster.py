@@ -62,6 +62,16 @@ class Slot(NamedTuple):
     gpu: str
 
 
+class TrainerSpec(NamedTuple):
+    """The trainers, as `colocate` was told to make them."""
+
+    kind: type
+    args: tuple[Any, ...]
+    sender_options: dict[str, Any]
+    watch_every_s: float | None
+    group_timeout_s: float
+
+
 class EngineAt(NamedTuple):
     """An engine actor and the node that it runs on; a list of its fields goes to the trainers."""
 
@@ -84,6 +94,7 @@ def colocate(
     cpus_per_slot: float = 1.0,
     engine_restarts: int = 3,
     watch_every_s: float | None = None,
+    group_timeout_s: float = 300.0,
     timeout_s: float = 900.0,
 ) -> Cluster:
     """Returns when all engines are up, the trainers have set themselves up, and a sender stands on each.
@@ -96,7 +107,9 @@ def colocate(
         use_gpus: None: if the cluster has any.
         engine_restarts: how often Ray may start an engine again after it died; -1: always.
         watch_every_s: how often rank 0 looks for engines that have started again, and brings them the last version.
-        timeout_s: for all of this together with every later `set_up_trainers`.
+        group_timeout_s: of the trainers' process group: how long a collective waits for a rank that is lost.
+        timeout_s: for each step of this, and of a later `set_up_trainers`: slots, engines, trainers. And for what
+            `trainers_do`, if nothing else is said.
 
     Raises:
         ConfigError: the engines do not fit the slots, or the slots the cluster.
@@ -118,7 +131,7 @@ def colocate(
         cluster.wait_for_engines()
         several = len({slot.node for slot in slots}) > 1
         options = {"plane": "tcp" if several else "same_host", **(sender_options or {})}
-        cluster.trainer_kind = trainer, tuple(trainer_args), options, watch_every_s
+        cluster.trainer_spec = TrainerSpec(trainer, tuple(trainer_args), options, watch_every_s, group_timeout_s)
         cluster.set_up_trainers()
     except BaseException:
         cluster.close()
@@ -142,7 +155,7 @@ class Cluster:
 
     def __init__(self, slots: Sequence[Slot], gpus: bool, cpus_per_slot: float, timeout_s: float) -> None:
         self.slots, self.trainers, self.engines = slots, list[Any](), list[EngineAt]()
-        self.trainer_kind: tuple[type, tuple[Any, ...], dict[str, Any], float | None] | None = None
+        self.trainer_spec: TrainerSpec | None = None
         self._gpus, self._cpus, self._timeout_s = gpus, cpus_per_slot, timeout_s
 
     def push(self, version: int | None = None, timeout_s: float | None = None) -> dict[str, Any]:
@@ -171,19 +184,19 @@ class Cluster:
 
         Raises: as `colocate`.
         """
-        assert self.trainer_kind is not None
-        kind, args, options, watch_every_s = self.trainer_kind
+        assert (spec := self.trainer_spec) is not None
         for trainer in self.trainers:
             ray.kill(trainer)
-        self.trainers = [ray.remote(kind).options(**self._options(slot)).remote(*args) for slot in self.slots]
+        kind = ray.remote(spec.kind)
+        self.trainers = [kind.options(**self._options(slot)).remote(*spec.args) for slot in self.slots]
         address = _result(self.trainers[0].listen.remote(), "trainer rank 0", self._timeout_s)
         joins = [
-            trainer.join.remote(rank, len(self.slots), address, slot.gpu, self._timeout_s)
+            trainer.join.remote(rank, len(self.slots), address, slot.gpu, spec.group_timeout_s)
             for rank, (trainer, slot) in enumerate(zip(self.trainers, self.slots, strict=True))
         ]
         for rank, join in enumerate(joins):
             _result(join, f"trainer rank {rank}", self._timeout_s)
-        self.trainers_do("connect", [tuple(engine) for engine in self.engines], options, watch_every_s)
+        self.trainers_do("connect", [tuple(engine) for engine in self.engines], spec.sender_options, spec.watch_every_s)
 
     def start_engine(self, kind: type, spec: EngineSpec, index: int, slots: Sequence[Slot], restarts: int) -> EngineAt:
         args = [*spec.args, "--tp-size", str(spec.tp_size)]

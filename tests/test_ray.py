@@ -61,13 +61,19 @@ def push(cluster: Cluster, seed: int) -> int:
 
 def restarted(cluster: Cluster, index: int, pid: int) -> None:
     """Return when the engine that was `pid` has started again: fenced, whatever it starts with."""
+    found = new_health(cluster, index, pid)
+    assert found["state"] == "FENCED" and found["restarted"] and found["version"] == 0
+    with pytest.raises(errors.ServerFencedError, match="started without weights"):
+        ray.get(cluster.engines[index].actor.generate.remote({}))
+
+
+def new_health(cluster: Cluster, index: int, pid: int) -> dict[str, Any]:
+    """That of the engine that was `pid`, once it has started again."""
     deadline = time.monotonic() + STARTS_S
     while (found := health(cluster.engines[index]))["pid"] == pid:
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    assert found["state"] == "FENCED" and found["restarted"] and found["version"] == 0
-    with pytest.raises(errors.ServerFencedError, match="started without weights"):
-        ray.get(cluster.engines[index].actor.generate.remote({}))
+    return found
 
 
 def test_twenty_rounds_on_the_plane_of_one_host(cluster: Cluster) -> None:
@@ -154,7 +160,9 @@ def test_an_engine_dies(cluster: Cluster, stage: Any) -> None:
         with pytest.raises(errors.PushError, match=r"engine 0|server rank"):
             cluster.push(timeout_s=LONGEST_S)
     assert time.monotonic() - start < LONGEST_S - 5
-    if stage != "before":
+    if stage == "before":
+        new_health(cluster, 0, pid)
+    else:
         restarted(cluster, 0, pid)
         old = {"version": version, "weights": expected(Trainer(1))}
         new = {"version": version + 1, "weights": expected(Trainer(2))}
@@ -234,8 +242,8 @@ def test_an_engine_that_does_not_start_is_named(local_ray: None) -> None:
 def test_an_engine_that_started_again_is_brought_up_before_it_serves(cluster: Cluster) -> None:
     """Asked all the time, it answers with the version that all others serve, or not at all."""
     engine = cluster.engines[1]
-    kind, args, options, _ = cluster.trainer_kind or pytest.fail("there are trainers")
-    cluster.trainer_kind = kind, args, options, 0.2
+    assert cluster.trainer_spec is not None
+    cluster.trainer_spec = cluster.trainer_spec._replace(watch_every_s=0.2)
     cluster.set_up_trainers()
     version, pid = push(cluster, 7), health(engine)["pid"]
     wanted, outcomes = {"version": version, "weights": expected(Trainer(7))}, set[str]()
