@@ -184,7 +184,8 @@ class Cluster:
 
         Raises: as `colocate`.
         """
-        assert (spec := self.trainer_spec) is not None
+        spec = self.trainer_spec
+        assert spec is not None
         for trainer in self.trainers:
             ray.kill(trainer)
         kind = ray.remote(spec.kind)
