@@ -223,13 +223,13 @@ def at_bucket(sender: FP8Sender, index: int, action: Callable[[], object]) -> No
     """Run `action` in the middle of the next push, before bucket `index` is sent."""
     send = sender._fleet.send
 
-    def send_after_action(bucket: torch.Tensor, number: int) -> None:
+    def send_after_action(bucket: torch.Tensor, number: int, check: Callable[[], None] | None = None) -> None:
         if number == index:
             sender._fleet.send = send  # type: ignore[method-assign]
             action()
-        send(bucket, number)
+        send(bucket, number, check)
 
-    sender._fleet.send = send_after_action  # type: ignore[method-assign, assignment]
+    sender._fleet.send = send_after_action  # type: ignore[method-assign]
 
 
 @EVERY_PLANE

@@ -130,9 +130,9 @@ def sent(server: Server | None) -> Iterator[list[bytes]]:
     """All buckets that leave rank 0."""
     buckets, send = list[bytes](), Fleet.send
 
-    def note(fleet: Fleet, bucket: torch.Tensor, index: int) -> None:
+    def note(fleet: Fleet, bucket: torch.Tensor, index: int, check: Callable[[], None] | None = None) -> None:
         buckets.append(bucket.numpy().tobytes())
-        send(fleet, bucket, index)
+        send(fleet, bucket, index, check)
 
     with mock.patch.object(Fleet, "send", note):
         yield buckets

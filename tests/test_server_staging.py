@@ -61,8 +61,8 @@ def test_requests_wait_while_a_push_arrives(pushed_server: LocalServer, way: Sta
         send, shut = sender._fleet.send, threading.Event()
         early: list[bool] = []
 
-        def slowly(bucket: torch.Tensor, index: int) -> None:
-            send(bucket, index)
+        def slowly(bucket: torch.Tensor, index: int, check: Callable[[], None] | None = None) -> None:
+            send(bucket, index, check)
             if index == 1:
                 shut.set()
                 time.sleep(1.0)
@@ -86,8 +86,8 @@ def test_requests_run_while_reserved_memory_fills(pushed_server: LocalServer) ->
         first = sender.push(make_model(1, **CHANGES))
         send, served = sender._fleet.send, list[dict[str, Any]]()
 
-        def and_ask(bucket: torch.Tensor, index: int) -> None:
-            send(bucket, index)
+        def and_ask(bucket: torch.Tensor, index: int, check: Callable[[], None] | None = None) -> None:
+            send(bucket, index, check)
             if index == 1:
                 served.extend(pushed_server.generate(PROMPTS[:1], 4))
 
