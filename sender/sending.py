@@ -90,8 +90,9 @@ class SendingHalf:
         `check`: raises if it must not leave. Raises: TransferError: it did not go out.
         """
         found = begin_digest(bucket, secret=self.secret, version=self.version, bucket=index)
+        is_there, self._room = bucket is self._room, None  # kept no longer: it is memory of a server
         self._waiting.append(_Waiting(bucket, index, found, check))
-        if not _leaves_later(bucket) or bucket is self._room:
+        if not _leaves_later(bucket) or is_there:
             self._send_waiting()
         elif not waits:
             self._send_waiting(but=1)
