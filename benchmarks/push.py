@@ -193,14 +193,22 @@ def fsdp(run: Run, server: LocalServer, trainer: Trainer, wanted: dict[str, str]
     """The last of all: the trainer is gone afterwards."""
     trainer.free()
     chosen, bucket_bytes = run.chosen, run.chosen.bucket_mib[0] << 20
-    way = Way(chosen.plane[0], "in_place", bucket_bytes)
-    name = f"{chosen.label}-fsdp"
-    at = chosen.out / "logs" / f"{name}-row.json"
-    job = job_of(chosen.model, chosen.layers, chosen.experts, way, server.url, chosen.pushes, at)
-    ranks = Ranks(job, run.environments, chosen.out / "logs" / name)
-    run.running.append(ranks)
-    run.row(f"{way}, FSDP2", ranks.row, partial(check, server, wanted))
-    ranks.stop()
+    for number, send_from in enumerate(chosen.send_from):
+        way = Way(chosen.plane[0], "in_place", bucket_bytes, send_from=send_from)
+        name = f"{chosen.label}-fsdp-{number}" if number else f"{chosen.label}-fsdp"
+        at = chosen.out / "logs" / f"{name}-row.json"
+        job = job_of(chosen.model, chosen.layers, chosen.experts, way, server.url, chosen.pushes, at)
+        ranks = Ranks(job, _own_first(run), chosen.out / "logs" / name)
+        run.running.append(ranks)
+        run.row(f"{way}, FSDP2", ranks.row, partial(check, server, wanted))
+        ranks.stop()
+
+
+def _own_first(run: Run) -> list[dict[str, str]]:
+    """Of each rank: its GPU, and the others, which the plane `same_host` writes to."""
+    gpus = [environment.get("CUDA_VISIBLE_DEVICES") for environment in run.environments]
+    seen = [",".join([gpu, *(other for other in gpus if other not in (gpu, None))]) if gpu else None for gpu in gpus]
+    return [{"CUDA_VISIBLE_DEVICES": names} if names else {} for names in seen]
 
 
 def peers(run: Run, server: LocalServer, trainer: Trainer, wanted: dict[str, str]) -> None:

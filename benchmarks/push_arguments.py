@@ -9,6 +9,7 @@ from typing import get_args
 
 from benchmarks.shapes import MODELS, with_experts, with_layers
 from examples.local_server import CPU_ARGS
+from sender.sending_ranks import SendFrom
 from shared.protocol import InFlight, PlaneName
 
 GPU_ARGS = (
@@ -37,6 +38,8 @@ def arguments(description: str | None, words: Sequence[str] | None = None) -> ar
     parser.add_argument("--only", choices=EVERY_WAY, help="the others are left out")
     parser.add_argument("--bf16", action="store_true", help="a third server, which serves BF16")
     parser.add_argument("--fsdp", action="store_true", help="two trainer ranks, and a server of their own")
+    senders = ["rank_0", "auto", (0, 1), (1,)]
+    parser.add_argument("--send-from", nargs="+", type=_ranks, default=["rank_0"], metavar="RANKS", choices=senders)
     parser.add_argument("--load", type=int, nargs="+", default=[], metavar="STREAMS", help="so many requests generate")
     parser.add_argument("--in-flight", nargs="+", choices=get_args(InFlight), default=["retract", "keep"])
     parser.add_argument("--load-tokens", type=int, default=1000, help="that each request under load may generate")
@@ -60,6 +63,11 @@ def arguments(description: str | None, words: Sequence[str] | None = None) -> ar
     chosen.ways = sorted({*([chosen.only] if chosen.only else EVERY_WAY[:2]), *also}, key=EVERY_WAY.index)
     chosen.load_tokens = min(chosen.load_tokens, chosen.case.config["max_position_embeddings"] - PROMPT_TOKENS)
     return chosen
+
+
+def _ranks(text: str) -> SendFrom:
+    """`0,1` as ranks, and a word as it is."""
+    return text if text in ("rank_0", "auto") else tuple(map(int, text.split(",")))  # type: ignore[return-value]
 
 
 def server_args(chosen: argparse.Namespace, on_gpu: bool) -> list[str]:

@@ -1,7 +1,8 @@
 """What each way to send the weights of a push puts on the links: bytes, by arithmetic.
 
 Hosts of `HOST_GPUS` GPUs with an own NIC each, joined by NVLink; trainer and servers on hosts of their own; a server is
-one host. Links carry both directions at once, so bytes in and out do not add up. Only the first of these ways exists:
+one host. Links carry both directions at once, so bytes in and out do not add up. `broadcast`
+and `broadcast_by_eight` exist:
 
 - `broadcast`: the ranks' FP8 rows to trainer rank 0, and one broadcast of all of it to every server rank, in which each
   rank's NIC takes the whole model and passes it on.

@@ -15,6 +15,7 @@ from benchmarks.table import Pushed, Row
 from examples.local_server import LocalServer
 from sender import FP8Sender
 from sender.report import PushReport
+from sender.sending_ranks import SendFrom
 from shared.config import FP8BlockConfig
 from shared.protocol import InFlight, PlaneName, StagingChoice
 
@@ -39,6 +40,7 @@ class Way:
     staging: StagingChoice
     bucket_bytes: int
     in_flight: InFlight = "wait"
+    send_from: SendFrom = "rank_0"
 
     def sender(self, url: str, config: FP8BlockConfig) -> FP8Sender:
         return FP8Sender(
@@ -48,11 +50,14 @@ class Way:
             staging=self.staging,
             bucket_bytes=self.bucket_bytes,
             in_flight=self.in_flight,
+            send_from=self.send_from,
             timeout_s=PUSH_TIMEOUT_S,
         )
 
     def __str__(self) -> str:
-        return f"push, {self.plane}, {self.staging}, buckets of {self.bucket_bytes >> 20} MiB"
+        ranks = self.send_from if isinstance(self.send_from, str) else f"ranks {list(self.send_from)}"
+        who = "" if ranks == "rank_0" else f", from {ranks}"
+        return f"push, {self.plane}, {self.staging}, buckets of {self.bucket_bytes >> 20} MiB{who}"
 
 
 def timed(step: Callable[[], object]) -> tuple[Pushed, Any]:

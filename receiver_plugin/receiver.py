@@ -44,7 +44,9 @@ from shared.errors import (
     StaleVersionError,
     StillComingError,
 )
+from shared.place import place_of
 from shared.planes import ReceiveHalf, open_receiver
+from shared.planes.several import open_receivers
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +72,7 @@ class Receiver:
         self._model, self._engine, self._ranks = model, engine, ranks
         self._make_staging, self._join = make_staging, join
         self._incarnation = ranks.gather(uuid.uuid4().hex)[0]
+        self._places = tuple(ranks.gather(place_of(next(model.parameters()).device)))
         self._fence = next((reason for reason in ranks.gather(fence) if reason), None)
         self._version, self._nothing_to_keep = 0, False
         self._manifest: tuple[wire.ManifestTensor, ...] | None = None
@@ -139,7 +142,7 @@ class Receiver:
     # Once
 
     def _describe(self, message: wire.Describe) -> dict[str, Any]:
-        return {"info": self._engine.info(self._incarnation)}
+        return {"info": self._engine.info(self._incarnation).model_copy(update={"places": self._places})}
 
     def _offer(self, message: wire.Offer) -> dict[str, Any]:
         collect(self._ranks, self._check_safe)
@@ -162,13 +165,13 @@ class Receiver:
             raise SessionLostError("another sender's plan took the place of yours: offer again")
         self._sessions.close()
         self._planned_for = message.incarnation
-        rank = message.rendezvous.first_rank + self._ranks.index
+        rank = message.first_rank + self._ranks.index
         session = self._sessions.open(
             message,
             layout,
-            Need.of(self._model, plan, layout, exported=message.rendezvous.plane == "same_host"),
+            Need.of(self._model, plan, layout, message.plane == "same_host", len(message.rendezvous)),
             lambda room: self._make_staging(self._model, plan, layout, room),
-            lambda: self._join(message.rendezvous, rank),
+            lambda: open_receivers(message.rendezvous, rank, len(layout.buckets), self._join),
             lambda: self._nothing_to_keep,
         )
         return {"plan_hash": layout.plan_hash, "staging": session.way}

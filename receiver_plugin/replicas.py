@@ -29,8 +29,8 @@ def for_replica(message: Any, replica: int, ranks_per_replica: int) -> Any:
         return message
     parts = message.incarnation.split(_BETWEEN)
     mine = parts[replica] if replica < len(parts) else ""  # of a server with fewer replicas: it is not this one
-    first = message.rendezvous.first_rank + replica * ranks_per_replica
-    rendezvous = message.rendezvous.model_copy(update={"first_rank": first})
+    first = message.first_rank + replica * ranks_per_replica
+    rendezvous = tuple(meeting.model_copy(update={"first_rank": first}) for meeting in message.rendezvous)
     return message.model_copy(update={"incarnation": mine, "rendezvous": rendezvous})
 
 
@@ -116,13 +116,14 @@ def _name(replica: int, replies: Sequence[wire.Reply]) -> str:
 
 
 def _common(info: wire.ServerInfo) -> wire.ServerInfo:
-    return info.model_copy(update={"incarnation": ""})
+    return info.model_copy(update={"incarnation": "", "places": ()})
 
 
 def _info(infos: Sequence[wire.ServerInfo]) -> wire.ServerInfo:
     whole = {
         "incarnation": _BETWEEN.join(info.incarnation for info in infos),
         "num_ranks": sum(info.num_ranks for info in infos),
+        "places": tuple(place for info in infos for place in info.places),
     }
     return infos[0].model_copy(update=whole)
 

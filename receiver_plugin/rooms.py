@@ -20,7 +20,7 @@ from torch import nn
 
 from receiver_plugin.binding import BindingPlan
 from receiver_plugin.held import destinations
-from shared.buckets import ALIGNMENT_BYTES, Layout
+from shared.buckets import ALIGNMENT_BYTES, DEFAULT_BUCKET_BYTES, Layout
 from shared.errors import PlanError, TransferError
 from shared.planes import shared_memory
 from shared.protocol import StagingChoice, StagingWay
@@ -51,21 +51,25 @@ class Memory(Protocol):
 class Need:
     """What a push takes on this rank: an image of `sizes` (bytes by parameter) and `Layout.window_bytes`.
 
-    `exported`: the bucket lies in memory that another process of this host can open.
+    `exported`: the bucket lies in memory that another process of this host can open. `num_at_once`: as of `Layout`.
     """
 
     sizes: dict[str, int]
     bucket_bytes: int
     device: torch.device
     exported: bool = False
+    num_at_once: int = 1
 
     @classmethod
-    def of(cls, model: nn.Module, plan: BindingPlan, layout: Layout, exported: bool = False) -> Need:
+    def of(
+        cls, model: nn.Module, plan: BindingPlan, layout: Layout, exported: bool = False, num_senders: int = 1
+    ) -> Need:
         parameters = destinations(model)
         touched = dict.fromkeys([*(c.parameter for c in plan.copies), *(f.parameter for f in plan.fills)])
         device = next(iter(parameters.values())).device
-        size = layout.window_bytes(num_at_once(device))
-        return cls({name: parameters[name].nbytes for name in touched}, size, device, exported)
+        num = _buckets_at_once(device, layout, num_senders)
+        sizes = {name: parameters[name].nbytes for name in touched}
+        return cls(sizes, layout.window_bytes(num), device, exported, num)
 
     @property
     def image_bytes(self) -> int:
@@ -81,12 +85,13 @@ class Need:
 class Room:
     """Memory for one transfer or more. `buffers` (flat uint8) hold the image; none if there is no image.
 
-    `bucket`: what `Layout.window` lays buckets into.
+    `bucket`: what `Layout.window` lays buckets into, `num_at_once` at a time; None: as `num_at_once` says.
     """
 
     way: StagingWay
     buffers: list[torch.Tensor]
     bucket: torch.Tensor
+    num_at_once: int | None = None
 
     def leave(self) -> None:
         """Give back what was lent. The padded slots of a KV cache are read: what lies there must be numbers."""
@@ -98,6 +103,16 @@ class Room:
 def num_at_once(device: torch.device) -> int:
     """Buckets that are there at a time: a GPU takes one while the next comes and the one after has its place."""
     return 3 if device.type == "cuda" else 1
+
+
+def _buckets_at_once(device: torch.device, layout: Layout, num_senders: int) -> int:
+    """Where several send, one more than they are, so that all are at work while a bucket is taken; as many as fit into
+    the memory of those that are usual."""
+    usual = num_at_once(device)
+    if usual == 1:
+        return usual
+    room = max(usual * DEFAULT_BUCKET_BYTES, layout.window_bytes(usual))
+    return next((num for num in range(num_senders + 1, usual, -1) if layout.window_bytes(num) <= room), usual)
 
 
 def aligned(num_bytes: int) -> int:
@@ -151,12 +166,12 @@ def enter(way: StagingWay, need: Need, memory: Memory, bucket_taken: bool = Fals
     if way == "reserved" and memory.reserved is not None:
         image, bucket = memory.reserved[: need.image_bytes], memory.reserved[need.image_bytes :]
         bucket = _own_bucket(need) if bucket_taken or need.is_shared else bucket[: need.bucket_bytes]
-        return Room(way, [image], bucket)
+        return Room(way, [image], bucket, need.num_at_once)
     bucket = _own_bucket(need)
     if way == "in_place":
-        return Room(way, [], bucket)
+        return Room(way, [], bucket, need.num_at_once)
     try:
-        room = Room(way, _first(_lent(memory), need.image_bytes), bucket)
+        room = Room(way, _first(_lent(memory), need.image_bytes), bucket, need.num_at_once)
     except CannotLendError as error:
         raise PlanError(f"the KV cache cannot be used for staging any more: {error}") from error
     room.leave()
@@ -165,7 +180,8 @@ def enter(way: StagingWay, need: Need, memory: Memory, bucket_taken: bool = Fals
 
 def own_room(need: Need) -> Room:
     """A room of its own, of memory that nobody lends."""
-    return Room("reserved", [_own(need.image_bytes, need.device)], _own(need.bucket_bytes, need.device))
+    image, bucket = _own(need.image_bytes, need.device), _own(need.bucket_bytes, need.device)
+    return Room("reserved", [image], bucket, need.num_at_once)
 
 
 def _own_bucket(need: Need) -> torch.Tensor:

@@ -111,7 +111,7 @@ class Session:
         join: Callable[[], ReceiveHalf],
         device: torch.device,
     ) -> None:
-        self.id, self.sender, self._secret = opened.session, opened.sender, opened.rendezvous.secret
+        self.id, self.sender, self._secret = opened.session, opened.sender, opened.secret
         self.way, self._stage, self._device = way, stage, device
         self.exclusive = way != "reserved"  # its transfers use what requests use
         self._staging: Staging | None = None if self.exclusive else stage(None)

@@ -74,7 +74,7 @@ class Sessions:
             return left if left is not None and same and left.enter(room) else make_staging(room)
 
         def join_warm() -> ReceiveHalf:
-            digest.warm(message.rendezvous.secret, need.device)  # the first push is like the others
+            digest.warm(message.secret, need.device)  # the first push is like the others
             return join()
 
         def start() -> None:

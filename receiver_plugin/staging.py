@@ -67,7 +67,7 @@ class Staging:
     def __init__(self, model: nn.Module, plan: BindingPlan, layout: Layout, room: Room | None = None) -> None:
         need = Need.of(model, plan, layout)
         self.room = room or own_room(need)
-        self.num_at_once = num_at_once(need.device)
+        self.num_at_once = self.room.num_at_once or num_at_once(need.device)
         self.plan = plan
         self.touched = False  # whether live parameters were written to
         self._in_place = self.room.way == "in_place"

@@ -46,6 +46,24 @@ def check_quantize(quantize: object) -> None:
         raise ConfigError(f"quantize={quantize!r}: it is one of {list(get_args(QuantizeWhen))}")
 
 
+def check_send_from(
+    send_from: object, num_ranks: int, plane: PlaneName, quorum: int | None, keep_snapshot: bool
+) -> None:
+    if send_from in ("rank_0", (0,)):
+        return
+    if isinstance(send_from, tuple):
+        wrong = not send_from or len(set(send_from)) < len(send_from)
+        if wrong or not all(type(rank) is int and 0 <= rank < num_ranks for rank in send_from):
+            raise ConfigError(f"send_from={send_from!r}: it names some of the {num_ranks} trainer ranks, each once")
+    elif send_from != "auto":
+        raise ConfigError(f"send_from={send_from!r}: it is 'rank_0', 'auto', or a tuple of trainer ranks")
+    for what, is_meant in (("plane='memory'", plane == "memory"), ("quorum", quorum is not None)):
+        if is_meant:
+            raise ConfigError(f"send_from={send_from!r}: {what} takes rank 0 alone")
+    if keep_snapshot:
+        raise ConfigError(f"send_from={send_from!r}: keep_snapshot keeps what rank 0 sends alone")
+
+
 def check_deadlines(**deadlines: float) -> None:
     for name, value in deadlines.items():
         if not isinstance(value, int | float) or not 0 < value <= LONGEST_DEADLINE_S:

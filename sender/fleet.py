@@ -2,6 +2,9 @@
 
 The data plane is one group over the ranks of all servers, so a server that dies takes a transfer away from all. With a
 quorum the push is then made again without the servers that are to blame (`leave_out_the_guilty`).
+
+Where other trainer ranks send beside rank 0, or in its place, each has a plane of its own (`sender.sending_ranks`). The
+servers are asked and told from here all the same.
 """
 
 from __future__ import annotations
@@ -10,10 +13,9 @@ import logging
 import secrets
 import socket
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 
 import torch
 
@@ -21,13 +23,13 @@ from sender.blame import Blame, by_the_trainer, to_blame
 from sender.control import ControlClient
 from sender.doors import Doors
 from sender.plan import PushPlan, agree
-from sender.rendezvous import JOIN_TIMEOUT_S, listen
+from sender.rendezvous import JOIN_TIMEOUT_S
+from sender.sending import SendingHalf
 from sender.servers import CONTROL_TIMEOUT_S, Failed, Servers, check_info
 from sender.transaction import Transaction
 from shared import protocol as wire
 from shared.buckets import make_layout
 from shared.config import FP8BlockConfig
-from shared.digest import begin_digest
 from shared.errors import (
     ConfigError,
     Fp8SyncError,
@@ -39,7 +41,7 @@ from shared.errors import (
     StillComingError,
     TransferError,
 )
-from shared.planes import HasRoom, SendHalf
+from shared.planes import SendHalf
 from shared.planes.memory import MemoryPlane
 from shared.planes.signing import new_secret
 
@@ -51,10 +53,6 @@ _POLL_S, _LONGEST_POLL_S = 0.002, 0.05
 def longest_push_s(timeout_s: float) -> float:
     """The most that rank 0 can spend in one push: planning, holding, sending, verifying, committing, cleaning up."""
     return 5 * timeout_s + JOIN_TIMEOUT_S + 14 * CONTROL_TIMEOUT_S
-
-
-def _leaves_later(bucket: torch.Tensor) -> bool:
-    return bucket.is_cuda
 
 
 class Fleet:
@@ -81,10 +79,11 @@ class Fleet:
         self._config, self._plane_name, self._timeout_s = config, plane, timeout_s
         self._in_flight, self._strict, self._wanted = in_flight, strict, staging
         self._make_memory_plane, self._gpu = make_memory_plane, gpu
+        self.half = SendingHalf(plane, timeout_s, gpu, lambda meeting: self._make_memory_plane(meeting))  # of this rank
         self._name = f"{socket.gethostname()}-{secrets.token_hex(4)}"
         self._incarnations: dict[str, str] = {}
-        self._plane: SendHalf | None = None
-        self._session = self._secret = ""
+        self._session = ""
+        self._senders: tuple[int, ...] = (0,)
         self._doors = Doors(self._servers, timeout_s, in_flight)
         self.staging: dict[str, wire.StagingWay] = {}  # of each server, since the session was opened
         self._in_session: frozenset[str] = frozenset()  # the servers of the session
@@ -93,10 +92,8 @@ class Fleet:
         self._version = self._newest = 0
         self._early: Future[None] | None = None  # the beginning of this push
         self._begun = False
-        self._digests: list[int] = []
+        self._digests: dict[int, int] = {}  # of what other ranks have sent, by the number of the bucket
         self._num_buckets = 0
-        self._room: torch.Tensor | None = None  # where a bucket may be made
-        self._waiting = deque[tuple[torch.Tensor, Callable[[], int]]]()  # buckets, with their digests
         self._transaction: Transaction | None = None
         self._tried_again = False  # with all servers, because nobody was to blame
 
@@ -119,6 +116,11 @@ class Fleet:
     def left_out(self) -> dict[str, str]:
         """The servers that this push went on without, and why."""
         return dict(self._servers.left_out)
+
+    @property
+    def version(self) -> int:
+        """Of the push under way."""
+        return self._version
 
     # Coming and going, between pushes
 
@@ -181,11 +183,12 @@ class Fleet:
         self._servers.go_on_without(failed)
         infos = {name: replies[name].info for name in self._servers.names}
         now = {name: info.incarnation for name, info in infos.items() if info is not None}
-        known = self._plane is not None and now == self._incarnations
+        known = self._session != "" and now == self._incarnations
         if known and lost is not None:
             raise lost
         self._incarnations = now
-        self._num_ranks = [info.num_ranks for info in infos.values() if info is not None]
+        self.num_ranks = [info.num_ranks for info in infos.values() if info is not None]
+        self.places = [place for info in infos.values() if info is not None for place in info.places]
         self._newest = max(self._newest, *(reply.version for reply in replies.values()))
         return known, self._newest
 
@@ -197,6 +200,14 @@ class Fleet:
 
     def plan(self, offered: tuple[wire.TensorSpec, ...], bucket_bytes: int) -> PushPlan:
         """Offer the tensors, check the manifests, open session and data plane. Nothing of a model is touched."""
+        plan = self.offer(offered, bucket_bytes)
+        self.draw_session()
+        self.open(plan)
+        self.join()
+        return plan
+
+    def offer(self, offered: tuple[wire.TensorSpec, ...], bucket_bytes: int) -> PushPlan:
+        """The plan for these tensors; without a session of it."""
         self.close_session("a new plan is made")
         replies = self._servers.each(wire.Offer(config=self._config, tensors=offered))
         manifests = {name: reply.manifest for name, reply in replies.items() if reply.manifest}
@@ -205,23 +216,28 @@ class Fleet:
         agree(offered, manifests, self._config)
         plan = PushPlan(offered, make_layout(next(iter(manifests.values())), bucket_bytes))
         self._num_buckets = len(plan.layout.buckets)
-        self._open(plan)
         return plan
 
-    def _open(self, plan: PushPlan) -> None:
-        self._session, self._secret = secrets.token_hex(16), new_secret()
-        self._in_session = frozenset(self.names)
-        listening = listen(
-            self._plane_name,
-            [server.local_host() for server in self._servers.clients],
-            self._num_ranks,
-            self._secret,
-            self._timeout_s,
-            self._gpu,
-            self._make_memory_plane,
-        )
-        self._plane = listening.plane
-        self._blame.owners = [name for name, num in zip(self.names, self._num_ranks, strict=True) for _ in range(num)]
+    def draw_session(self) -> str:
+        """The secret of a session that is to be opened."""
+        self._session, self._in_session = secrets.token_hex(16), frozenset(self.names)
+        self.half.secret = new_secret()
+        return self.half.secret
+
+    def local_hosts(self) -> list[str]:
+        """By which address of this machine each server is reached."""
+        return [server.local_host() for server in self._servers.clients]
+
+    def open(self, plan: PushPlan, others: Mapping[int, Sequence[wire.Rendezvous]] | None = None) -> None:
+        """Open the session that was drawn, and tell the servers where to join whom.
+
+        `others`: for each server, where the ranks of `plan.senders` other than 0 wait for its ranks.
+        """
+        meetings = dict(others or {})
+        if 0 in plan.senders:
+            meetings[0] = self.half.listen(self.local_hosts(), self.num_ranks, self.half.secret)
+        self._senders = plan.senders
+        self._blame.owners = [name for name, num in zip(self.names, self.num_ranks, strict=True) for _ in range(num)]
         replies = self._servers.each_its_own(
             [
                 wire.Open(
@@ -231,14 +247,18 @@ class Fleet:
                     plan_hash=plan.layout.plan_hash,
                     bucket_bytes=plan.layout.bucket_bytes,
                     staging=self._wanted,
-                    rendezvous=mine,
+                    rendezvous=tuple(meetings[rank][number] for rank in plan.senders),
                 )
-                for name, mine in zip(self.names, listening.rendezvous, strict=True)
+                for number, name in enumerate(self.names)
             ]
         )
-        with self._blame.of_ranks():
-            listening.join()
         self.staging = {name: reply.staging for name, reply in replies.items() if reply.staging}
+
+    def join(self) -> None:
+        """Return when the ranks of all servers have come to the plane of this rank, if it sends, and stage so."""
+        if 0 in self._senders:
+            with self._blame.of_ranks():
+                self.half.join()
         if len(self.staging) != len(self._servers):
             raise PushError("a server did not say where it stages")
         if self._wanted != "auto" and set(self.staging.values()) != {self._wanted}:
@@ -249,7 +269,7 @@ class Fleet:
     @property
     def is_open(self) -> bool:
         """Whether there is a session of all servers, as far as it is known here."""
-        return self._plane is not None and self._in_session == set(self.names)
+        return self._session != "" and self._in_session == set(self.names)
 
     @property
     def newest(self) -> int:
@@ -275,8 +295,8 @@ class Fleet:
             return
         if not 0 <= version <= wire.MOST_VERSION:
             raise StaleVersionError(f"{version} is no version: they are whole numbers from 0 to {wire.MOST_VERSION}")
-        self._version, self._digests = version, []
-        self._waiting.clear()
+        self._version, self._digests = version, {}
+        self.half.begin(version)
         self._doors.begin()
         held = [name for name in self.names if self.staging[name] != "reserved"]
         if held and (failed := self._doors.hold(held, self._session, version, "begin", promise=False)):
@@ -292,40 +312,43 @@ class Fleet:
 
         Raises: TransferError: it did not go out; where a server knows why, its `ReceiveError`.
         """
-        found = begin_digest(bucket, secret=self._secret, version=self._version, bucket=index)
-        self._waiting.append((bucket, found))
-        if not _leaves_later(bucket) or bucket is self._room:
-            self._with_blame(self._send_waiting)
-        elif index < self._num_buckets - 1 or not self._commits_unasked:
-            self._with_blame(lambda: self._send_waiting(but=1))
-        # else the last two wait: the commit goes out ahead of them
-
-    @property
-    def _opened(self) -> SendHalf:
-        if self._plane is None:
-            raise SessionLostError("the data plane is closed: push again")
-        return self._plane
+        is_last = index == self._num_buckets - 1
+        waits = is_last and self._commits_unasked and self._senders == (0,)  # the commit goes out ahead of the last two
+        self._with_blame(lambda: self.half.send(bucket, index, waits))
 
     def room(self, num_bytes: int) -> torch.Tensor | None:
         """Where the bucket that comes next may be made, on whatever device that is; or None."""
-        plane: object = self._plane
-        self._room = plane.room(num_bytes) if isinstance(plane, HasRoom) and not self._waiting else None
-        return self._room
+        return self.half.room(num_bytes)
 
     def rehearse(self, bucket: torch.Tensor) -> None:
         """What `send` does on the device, to no effect."""
-        begin_digest(bucket, secret=self._secret, version=0, bucket=0)()
+        self.half.rehearse(bucket)
 
-    def _send_waiting(self, but: int = 0) -> None:
-        with self._blame.of_ranks():
-            while len(self._waiting) > but:
-                bucket, found = self._waiting.popleft()
-                self._digests.append(found())
-                self._opened.send(bucket, self._digests[-1])
+    def flush(self) -> None:
+        """Return when all that this rank sends has left."""
+        if 0 in self._senders:
+            self._with_blame(self.half.flush)
+
+    def take_digests(self, digests: Mapping[int, int]) -> None:
+        """Of what other trainer ranks have sent in this push, by the number of the bucket."""
+        self._digests |= digests
+
+    def explain(self, failure: Exception) -> Exception:
+        """`failure`, met by a trainer rank that is not the only one to send, with the name of the server to blame.
+
+        Servers leave the planes of all senders as soon as one breaks, so it is they who say which one it was.
+        """
+        if isinstance(failure, ReceiveError) or not isinstance(failure, TransferError):
+            return failure
+        found = self._blame.at_fault(self._question(), self._servers.goodbye_s)
+        if own := next((error for error in found.values() if isinstance(error, ReceiveError)), None):
+            return ReceiveError(str(own))
+        return TransferError(f"{', '.join(found)}: {failure}", failure.ranks) if found else failure
 
     def _with_blame(self, step: Callable[[], None]) -> None:
         try:
-            step()
+            with self._blame.of_ranks() if self._senders == (0,) else nullcontext():
+                step()
             return
         except TransferError as error:
             if (own := self._in_own_words(error)) is error:
@@ -334,6 +357,10 @@ class Fleet:
 
     def _in_own_words(self, error: TransferError) -> TransferError:
         """Those of the server that knows why, if there is one."""
+        if self._senders != (0,):
+            explained = self.explain(error)
+            assert isinstance(explained, TransferError)
+            return explained
         own = self._blame.own_words(self._question())
         return error if own is None else ReceiveError(str(own))
 
@@ -342,16 +369,11 @@ class Fleet:
 
         A single server is not asked unless its door is shut first (`strict`): its commit looks by itself.
         """
-        if self._waiting and self._commits_unasked:
+        if self.half.is_ahead and self._commits_unasked:
             return
-        self._with_blame(self._send_all)
+        self.flush()
         if not self._commits_unasked:
             self._until_staged()
-
-    def _send_all(self) -> None:
-        self._send_waiting()
-        with self._blame.of_ranks():
-            self._opened.flush()
 
     def _until_staged(self) -> None:
         deadline, pause = time.monotonic() + self._timeout_s, _POLL_S
@@ -373,7 +395,13 @@ class Fleet:
         return len(self._servers) == 1 and not self._strict
 
     def _question(self) -> wire.Verify:
-        return wire.Verify(session=self._session, version=self._version, digests=tuple(self._digests))
+        return wire.Verify(session=self._session, version=self._version, digests=self._all_digests)
+
+    @property
+    def _all_digests(self) -> tuple[int, ...]:
+        """In the order of the buckets, of all that have been sent as far as it is known here."""
+        known = self._digests | self.half.digests
+        return tuple(known[index] for index in sorted(known))
 
     def _leave_out_unstaged(self, failed: Failed, others_staged: bool) -> None:
         """Raises: a server's own error, or the first one, unless all others are staged, and are enough."""
@@ -405,13 +433,16 @@ class Fleet:
         """The commit of a single server goes out ahead of the last buckets of a GPU: it waits for them there."""
         transaction = self._transaction
         assert transaction is not None
-        if not self._waiting:
-            return transaction.commit(tuple(self._digests))
-        digests = (*self._digests, *(found() for _, found in self._waiting))
+        is_ahead = self.half.is_ahead
+        self.half.take_digests_ahead()
+        digests = self._all_digests
+        if not is_ahead:
+            return transaction.commit(digests)
         broken: TransferError | None = None
         committing = self._servers.on_a_thread(lambda: transaction.commit(digests))
         try:
-            self._send_all()
+            with self._blame.of_ranks():
+                self.half.flush()
         except TransferError as error:
             broken = error.with_traceback(None)  # its frames hold a bucket
         try:
@@ -446,10 +477,14 @@ class Fleet:
 
     def fail(self, reason: BaseException) -> None:
         """After any failure: every server forgets the push, and the next push opens a new session."""
-        self._waiting.clear()
-        self._wait_for_early()  # what a server is told last has to be that the push has failed
+        self.stop(reason)
         which = f" of version {self._version}" if self._version else ""
         logger.warning("fp8sync: push%s failed: %s", which, str(reason).splitlines()[0] if str(reason) else reason)
+
+    def stop(self, reason: BaseException) -> None:
+        """End the push at the servers now, while other trainer ranks may still be in it: none of them is sent to."""
+        self.half.forget()
+        self._wait_for_early()  # what a server is told last has to be that the push has failed
         if self._session:
             self._servers.tell(self._abort(str(reason)))
         self.close_session(str(reason))
@@ -475,15 +510,12 @@ class Fleet:
 
     def close_session(self, reason: str) -> None:
         self._begun = False
-        if self._plane is None and not self._session:
+        if not self._session:
             return
         logger.debug("fp8sync: closing session: %s", reason)
-        if self._plane is not None:
-            self._plane.close()
-            self._plane = None
-        if self._session:
-            self._servers.tell(wire.Close(session=self._session))
-            self._session = ""
+        self.half.close()
+        self._servers.tell(wire.Close(session=self._session))
+        self._session = ""
         self._servers.forgive()
         self._doors.forget()
 

@@ -1,4 +1,4 @@
-"""How the weights of a push come together on rank 0, bucket by bucket: the simple way, and quantized before the gather.
+"""How weights come together on the rank that sends them, bucket by bucket: whole, or quantized before the gather.
 
 Which way a tensor goes stands in the plan (`sender.rows_plan`). The calls of all ranks are the same, in one order.
 """
@@ -19,7 +19,7 @@ from shared.config import FP8BlockConfig
 
 @dataclass(frozen=True)
 class Gathered:
-    """One bucket on rank 0: tensors by name, whole, in wire precision; what the ranks have quantized, if any.
+    """One bucket on the rank that sends it: tensors by name, whole, in wire precision; what was quantized early.
 
     `names`: of the tensors in `weights`.
     """
@@ -39,7 +39,7 @@ class Gathering:
     """One push of this rank."""
 
     def __init__(self, source: WeightSource, plan: PushPlan, rows: RowsGather | None) -> None:
-        self._source, self._rows, self._early = source, rows, plan.quantized_early
+        self._source, self._rows, self._plan = source, rows, plan
 
     def quantize(self, bucket: Bucket) -> None:
         """The rows of `bucket` that this rank holds."""
@@ -47,10 +47,10 @@ class Gathering:
             self._rows.quantize(bucket.index, self._source.sharding)
 
     def gather(self, bucket: Bucket) -> Gathered:
-        """Collective. Valid on rank 0, until the next bucket."""
+        """Collective. Valid on the rank that sends it, until the next bucket."""
         rows = self._rows.gather(bucket.index, self._source.sharding) if self._rows is not None else None
-        late = [name for name in bucket.names if name not in self._early]
-        return Gathered(self._source.gather(late), late, rows)
+        late = [name for name in bucket.names if name not in self._plan.quantized_early]
+        return Gathered(self._source.gather(late, self._plan.sender_of(bucket), self._plan.senders), late, rows)
 
 
 class Gatherer:

@@ -1,33 +1,36 @@
-"""What rank 0 does alone in a push: it talks to the servers, quantizes and packs, and keeps what it sent.
+"""What rank 0 does alone in a push, whoever sends: it talks to the servers.
 
 `sender.sender` has the order of these steps; each runs through `Lead.run`, so that its failure reaches all ranks.
 """
 
 from __future__ import annotations
 
-import torch
-
 from sender.fleet import Fleet
-from sender.gather import Gathered
-from sender.packer import Packer
+from sender.holder import Holder
 from sender.plan import PushPlan
 from sender.report import PhaseClock, PushReport
+from sender.sending_ranks import SendingRanks
 from sender.snapshot import Keeper
 from sender.source import WeightSource
 from sender.turns import Turns
-from shared.buckets import Bucket
-from shared.config import FP8BlockConfig
 from shared.errors import SessionLostError
 
 
 class Leader:
-    """`turns`: its pushes and what may come between them; `keeper`: the snapshot of the last one."""
+    """`holder`: what this rank sends itself; `turns`: its pushes and what may come between them; `keeper`: the snapshot
+    of the last one."""
 
-    def __init__(self, fleet: Fleet, config: FP8BlockConfig, bucket_bytes: int, turns: Turns, keeper: Keeper) -> None:
-        self._fleet, self._config, self._bucket_bytes = fleet, config, bucket_bytes
+    def __init__(
+        self,
+        fleet: Fleet,
+        holder: Holder,
+        sending: SendingRanks,
+        bucket_bytes: int,
+        turns: Turns,
+        keeper: Keeper,
+    ) -> None:
+        self._fleet, self._holder, self._sending, self._bucket_bytes = fleet, holder, sending, bucket_bytes
         self._turns, self._keeper = turns, keeper
-        self._packer: Packer | None = None
-        self._packed_by: PushPlan | None = None
         self._newest = self._version = 0
         self._skew_s = 0.0
 
@@ -43,8 +46,9 @@ class Leader:
         still_open, self._newest = self._fleet.survey(ask)
         if planned is not None and still_open and planned.offered == source.tensors:
             return ""
-        self._packer = None
-        return self._fleet.plan(source.tensors, self._bucket_bytes).to_json()
+        self._holder.forget()
+        plan = self._fleet.plan if self._sending.is_rank_0 else self._fleet.offer  # all ranks take part in opening
+        return plan(source.tensors, self._bucket_bytes).to_json()
 
     def plan_again(self, plan: PushPlan, lost: SessionLostError | None = None) -> None:
         """For what is quantized already. `lost`: why, if it is not that servers are left out.
@@ -70,50 +74,8 @@ class Leader:
             self.plan_again(plan, lost)
             self.begin(version)
 
-    def rehearse(self, plan: PushPlan, bucket: Bucket, gathered: Gathered) -> None:
-        """A push without servers: memory is taken, kernels are compiled and their tables made."""
-        self._fleet.rehearse(self._packed(plan, bucket, gathered))
-
-    def pack(self, plan: PushPlan, bucket: Bucket, gathered: Gathered) -> torch.Tensor:
-        return self._checked(plan, bucket, gathered, self._fleet.room(bucket.num_bytes))
-
-    def _checked(
-        self, plan: PushPlan, bucket: Bucket, gathered: Gathered, room: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        packed = self._packed(plan, bucket, gathered, room)
-        if self._fleet.checks_first:
-            assert self._packer is not None
-            self._packer.check_finite()
-        return packed
-
-    def _packed(
-        self, plan: PushPlan, bucket: Bucket, gathered: Gathered, room: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        if self._packer is None or self._packed_by is not plan:
-            self._packer, self._packed_by = None, plan  # its memory goes first
-            self._packer = Packer(plan.layout, self._config, gathered.device, plan.quantized_early)
-        if bucket.index == 0:
-            self._packer.begin()
-        into = room if room is not None and room.device == gathered.device else None
-        return self._packer.pack(bucket, gathered.weights, gathered.rows, into)
-
-    def pack_into(self, packed: list[torch.Tensor], plan: PushPlan, bucket: Bucket, gathered: Gathered) -> None:
-        """Quantize into a buffer of its own, complete on return: another thread reads it, on another stream."""
-        found = self._checked(plan, bucket, gathered)
-        packed.append(found if found.is_cuda else found.clone())
-        if found.is_cuda:
-            torch.cuda.current_stream(found.device).synchronize()
-
-    def send(self, packed: torch.Tensor, index: int) -> None:
-        self._keeper.note(packed)
-        self._fleet.send(packed, index)
-
-    def check_finite(self) -> None:
-        assert self._packer is not None
-        self._packer.check_finite()
-
     def verify(self) -> None:
-        self.check_finite()
+        self._holder.check_finite()
         self._fleet.verify()
 
     def commit(self) -> None:
@@ -136,6 +98,10 @@ class Leader:
             stood_still_s=self._fleet.stood_still_s,
             staging={name: way for name, way in self._fleet.staging.items() if name in self._fleet.names},
             servers=self._fleet.names,
+            senders=plan.senders,
+            sent_bytes={0: plan.layout.num_bytes} if (sent := self._sending.sent_by) is None else sent.num_bytes,
+            busiest_link=None if sent is None else sent.busiest,
+            busiest_link_of_rank_0=None if sent is None else sent.busiest_of_rank_0,
             left_out=self._fleet.left_out,
         )
         return report.model_dump_json()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -23,9 +23,15 @@ class Packer:
     """
 
     def __init__(
-        self, layout: Layout, config: FP8BlockConfig, device: torch.device, early: frozenset[str] = frozenset()
+        self,
+        layout: Layout,
+        config: FP8BlockConfig,
+        device: torch.device,
+        early: frozenset[str] = frozenset(),
+        mine: Sequence[Bucket] | None = None,
     ) -> None:
-        """`early`: the tensors that come quantized."""
+        """`early`: the tensors that come quantized. `mine`: the buckets that are packed here; None: all of them."""
+        mine = layout.buckets if mine is None else mine
         self._config = config
         self._names = [tensor.name for tensor in layout.tensors]
         self._row = {name: row for row, name in enumerate(self._names)}
@@ -33,14 +39,14 @@ class Packer:
         size = layout.largest_bucket_bytes if device.type != "cuda" else 0
         self._memory = torch.zeros(size, dtype=torch.uint8, device=device)
         self._nonfinite = torch.zeros(len(self._names), dtype=torch.int32, device=device)
-        self._gaps = [_gaps(bucket, device) for bucket in layout.buckets]
-        late = [_without(bucket, early) for bucket in layout.buckets]
-        self._late = [bucket.entries for bucket in late]
+        self._gaps = {bucket.index: _gaps(bucket, device) for bucket in mine}
+        late = [_without(bucket, early) for bucket in mine]
+        self._late = {bucket.index: bucket.entries for bucket in late}
         self._grouped = None
         if backend_name(device) == "triton":
             from sender.grouped import GroupedBucket
 
-            self._grouped = [GroupedBucket(bucket, self._row, config, self._pack_one) for bucket in late]
+            self._grouped = {bucket.index: GroupedBucket(bucket, self._row, config, self._pack_one) for bucket in late}
 
     def begin(self) -> None:
         self._nonfinite.zero_()

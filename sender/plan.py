@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 from sender.hf_names import Cuts
 from sender.rows_plan import RowsPlan, plan_rows
 from sender.sharding import Sharding
-from shared.buckets import Layout, make_layout
+from shared.buckets import Bucket, Layout, make_layout
 from shared.config import FP8BlockConfig
 from shared.errors import PlanError
 from shared.naming import should_quantize_param
@@ -25,17 +25,28 @@ _MANIFEST = TypeAdapter(tuple[ManifestTensor, ...])
 
 @dataclass(frozen=True)
 class PushPlan:
-    """What is sent, in which buckets, for the offer `offered`. `rows`: which of it is quantized before the gather."""
+    """What is sent, in which buckets, for the offer `offered`. `rows`: which of it is quantized before the gather.
+
+    `senders`: the trainer ranks that send; bucket i is packed and sent by the one that is number i modulo their number.
+    """
 
     offered: tuple[TensorSpec, ...]
     layout: Layout
     rows: RowsPlan | None = field(default=None, compare=False, repr=False)
+    senders: tuple[int, ...] = (0,)
+
+    def sender_of(self, bucket: Bucket) -> int:
+        return self.senders[bucket.index % len(self.senders)]
+
+    def buckets_of(self, rank: int) -> tuple[Bucket, ...]:
+        """Those that `rank` sends."""
+        return tuple(bucket for bucket in self.layout.buckets if self.sender_of(bucket) == rank)
 
     def sharded(self, sharding: Sharding, cuts: Cuts, rank: int, num_ranks: int) -> PushPlan:
         """For a model that is sharded so: this plan if it is one, else one of the same layout."""
-        if self.rows is not None and self.rows.still_holds(sharding, cuts):
+        if self.rows is not None and self.rows.still_holds(sharding, cuts, self.senders):
             return self
-        return replace(self, rows=plan_rows(self.layout, sharding, cuts, rank, num_ranks))
+        return replace(self, rows=plan_rows(self.layout, sharding, cuts, rank, num_ranks, self.senders))
 
     @property
     def quantized_early(self) -> frozenset[str]:

@@ -10,12 +10,13 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 
+from sender.cause import the_cause
 from shared.errors import (
     ConfigError,
     Fp8SyncError,
@@ -23,6 +24,7 @@ from shared.errors import (
     PlanError,
     PushError,
     RankMissingError,
+    TransferError,
     error_from_wire,
 )
 
@@ -56,6 +58,7 @@ class TrainerRanks:
         """
         if self._store is None:
             return True
+        num_shared = self._shares
         while True:
             step, self._step, self._shares = self._step, self._step + 1, 0
             if self._outcome(step) != "abandoned":
@@ -67,7 +70,7 @@ class TrainerRanks:
         outcome = self._await_outcome(step, deadline)
         if outcome.startswith("abandoned"):
             raise RankMissingError(f"{what}: {outcome.removeprefix('abandoned: ')}")
-        self._forget(step - 1)
+        self._forget(step - 1, num_shared)
         return outcome == "go"
 
     def _decide(self, step: int, what: str) -> None:
@@ -106,11 +109,11 @@ class TrainerRanks:
     def _text(self, key: str) -> str:
         return bytes(self._store.get(key)).decode()
 
-    def _forget(self, step: int) -> None:
+    def _forget(self, step: int, num_shared: int) -> None:
         if self.is_leader and step >= 0:
             for rank in range(self.size):
                 self._store.delete_key(f"{step}/here/{rank}")
-            for number in range(8):
+            for number in range(num_shared):
                 self._store.delete_key(f"{step}/shared/{number}")
                 for rank in range(self.size):
                     self._store.delete_key(f"{step}/shared/{number}/{rank}")
@@ -162,31 +165,88 @@ class TrainerRanks:
         self._store.set(f"{self._step - 1}/shared/{number}/{self.rank}", text)
         return []
 
+    def tell_leader_in_turn(self, text: str, of: Sequence[int], timeout_s: float) -> Iterator[tuple[int, str]]:
+        """On rank 0 the text of each of ranks `of`, other than 0, as it is asked for; nothing elsewhere. Call it, and
+        take all that it yields, in the same order everywhere.
+
+        Raises:
+            RankMissingError: on rank 0: one of them said nothing for `timeout_s`.
+        """
+        if self._store is None:
+            return
+        number, self._shares = self._shares, self._shares + 1
+        if self.rank in of:
+            self._store.set(f"{self._step - 1}/shared/{number}/{self.rank}", text)
+        deadline = time.monotonic() + timeout_s
+        for rank in of if self.is_leader else ():
+            key = f"{self._step - 1}/shared/{number}/{rank}"
+            try:
+                self._store.wait([key], timedelta(seconds=max(0.001, deadline - time.monotonic())))
+            except dist.DistStoreError as error:
+                raise RankMissingError(
+                    f"trainer rank {rank} said nothing for {timeout_s:.0f} s: it died or hangs"
+                ) from error
+            yield rank, self._text(key)
+
 
 class TryAgain(Exception):
     """All ranks start this call over, with fewer servers."""
 
 
 class Lead:
-    """Steps that only rank 0 takes, within a function that all ranks run.
+    """Steps that only one rank takes, mostly rank 0, within a function that all ranks run.
 
     The first failure is kept and later steps are left out, while all ranks go on with their collectives; `finish`
-    then raises the same error on every rank, so that none is left waiting in a collective for one that gave up.
+    then raises the same error on every rank, so that none is left waiting in a collective for one that gave up. What
+    failed on another rank than 0 is to come to it by `collect` first.
+
+    `on_failure`: what a rank does at once when something fails on it.
     """
 
-    def __init__(self, ranks: TrainerRanks) -> None:
-        self._ranks = ranks
+    def __init__(self, ranks: TrainerRanks, on_failure: Callable[[Exception], None] | None = None) -> None:
+        self._ranks, self._on_failure = ranks, on_failure
         self.failure: Exception | None = None
 
-    def run(self, step: Callable[..., Any], *args: Any) -> Any:
-        """`step(*args)` on rank 0 if nothing failed before; None otherwise."""
-        if not self._ranks.is_leader or self.failure is not None:
+    def run(self, step: Callable[..., Any], *args: Any, on: int = 0) -> Any:
+        """`step(*args)` on rank `on` if nothing failed there before; None otherwise."""
+        if self._ranks.rank != on or self.failure is not None:
             return None
         try:
             return step(*args)
         except Exception as error:
-            self.failure = error
+            self._fail(error)
             return None
+
+    def _fail(self, error: Exception) -> None:
+        self.failure = error
+        if self._on_failure is not None:
+            self._on_failure(error)
+
+    def collect(
+        self, result: str, of: Sequence[int], timeout_s: float, explain: Callable[[Exception], Exception] | None = None
+    ) -> dict[int, str]:
+        """The `result` of each of ranks `of`, other than 0, on rank 0; nothing elsewhere. A collective.
+
+        What failed on any of them is a failure of rank 0 from here on, in place of its own if it is the cause of that
+        (`sender.cause`). `explain`: what rank 0 makes of the first that it hears of, if nothing failed here.
+        """
+        mine = json.dumps({"result": result}) if self.failure is None else _describe(self.failure)
+        found, failures = dict[int, str](), list[Exception]()
+        try:
+            for rank, text in self._ranks.tell_leader_in_turn(mine, of, timeout_s):
+                if "result" in (said := json.loads(text)):
+                    found[rank] = str(said["result"])
+                    continue
+                failures.append(_failure_of(rank, said))
+                if self.failure is None:
+                    self._fail(failures.pop() if explain is None else explain(failures.pop()))
+        except Fp8SyncError as error:
+            failures.append(error)
+        if not self._ranks.is_leader:
+            self.failure = None  # rank 0 says what becomes of it
+        elif failures:
+            self.failure = the_cause([*filter(None, [self.failure]), *failures])
+        return found
 
     def agree(self, what: str, text: str) -> None:
         """Every rank says its `text`; a failure unless they are the same."""
@@ -255,5 +315,14 @@ def _describe(failure: Exception) -> str:
     elif isinstance(failure, NonFiniteWeightError):
         problems = failure.names
     known = failure if isinstance(failure, Fp8SyncError) else PushError(f"{type(failure).__name__}: {failure}")
-    text = str(known).split("\n  - ")[0]
-    return json.dumps({"kind": type(known).__name__, "message": text, "problems": problems})
+    text, ranks = str(known).split("\n  - ")[0], known.ranks if isinstance(known, TransferError) else ()
+    return json.dumps({"kind": type(known).__name__, "message": text, "problems": problems, "ranks": ranks})
+
+
+def _failure_of(rank: int, said: dict[str, Any]) -> Exception:
+    """What `_describe` told of a failure on trainer rank `rank`."""
+    message = f"trainer rank {rank}: {said['message']}"
+    failure = error_from_wire(str(said["kind"]), message, tuple(map(str, said["problems"])))
+    if isinstance(failure, TransferError):
+        failure.ranks = tuple(map(int, said["ranks"]))
+    return failure

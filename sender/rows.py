@@ -1,9 +1,9 @@
-"""Quantize before the gather: every rank its rows, then codes and scales to rank 0 (`sender.rows_plan` has the layout).
+"""Quantize before the gather: every rank its rows, then codes and scales to one (`sender.rows_plan` has the layout).
 
     begin      once a push: one MAX all-reduce over the magnitudes of all blocks that cross ranks, if there are any
     quantize   every bucket: this rank's chunk
-    gather     every bucket: one collective; rank 0 gets the chunks
-    put_into   rank 0: into the bucket and the flags of the push
+    gather     every bucket: one collective; the rank that packs it gets the chunks
+    put_into   that rank: into the bucket and the flags of the push
 
 On a GPU each of them is a few launches (`sender.grouped_rows`); elsewhere one call a tensor. None waits for the device.
 """
@@ -37,7 +37,7 @@ class RowsBackend(Protocol):
         """This rank's part of bucket `index` into `chunk`, flat uint8, whose flags are 0."""
 
     def unpack(self, index: int, chunks: torch.Tensor, packed: torch.Tensor) -> None:
-        """On rank 0: the chunks of all ranks, one behind the other, into bucket `index`; both are flat uint8."""
+        """The chunks of all ranks, one behind the other, into bucket `index`, which is packed here; flat uint8."""
 
 
 class TorchRows:
@@ -85,7 +85,7 @@ def _used(bucket: BucketRows | None) -> BucketRows:
 
 @dataclass(frozen=True)
 class ReceivedRows:
-    """The chunks of one bucket on rank 0, valid until the next bucket is gathered."""
+    """The chunks of one bucket on the rank that packs it, valid until the next bucket is gathered."""
 
     index: int
     chunks: torch.Tensor
@@ -129,17 +129,18 @@ class RowsGather:
             self._backend.quantize(index, held.locals, self._amax, self._chunk)
 
     def gather(self, index: int, held: Sharding) -> ReceivedRows | None:
-        """Collective, also for ranks that have nothing of the bucket. The chunks on rank 0."""
+        """Collective, also for ranks that have nothing of the bucket. The chunks on the rank that packs it."""
         bucket = self.plan.buckets[index]
         if bucket is None:
             return None
-        to_rank_0 = [bucket.num_bytes, *[0] * (self.plan.num_ranks - 1)]
+        to = self.plan.goes_to(index)
+        sent = [bucket.num_bytes if rank == to else 0 for rank in range(self.plan.num_ranks)]
         sizes = list(bucket.chunk_bytes) or [0] * self.plan.num_ranks
         chunks = self._chunks[: sum(sizes)]
         # Not `gather`, which takes as many bytes of every rank: of experts, one rank may hold a whole bucket.
-        dist.all_to_all_single(chunks, self._chunk[: bucket.num_bytes], sizes, to_rank_0, held.group)
+        dist.all_to_all_single(chunks, self._chunk[: bucket.num_bytes], sizes, sent, held.group)
         flags = self._flags[index]
-        return ReceivedRows(index, chunks, flags, self._backend) if flags is not None and self.plan.rank == 0 else None
+        return ReceivedRows(index, chunks, flags, self._backend) if flags is not None and self.plan.rank == to else None
 
 
 def _bytes(num_bytes: int, device: torch.device) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Quantize before the gather: what each trainer rank quantizes, and how it lies in what the rank sends to rank 0.
+"""Quantize before the gather: what each trainer rank quantizes, and how it lies in what goes to the rank that packs.
 
 A rank quantizes the rows that it holds of a tensor, as up to three parts: rows of a block that begins on an earlier
 rank, whole blocks, and the first rows of a block that ends on a later rank. For the first and the last, which cross,
@@ -14,19 +14,22 @@ together, so that a rank's experts are one run of bytes.
 
 Made once, from facts that are the same on every rank (`sender.sharding`), so no message says which way a tensor goes.
 A tensor goes this way if it is quantized and is a run of whole rows of a parameter that is sharded by rows; an expert
-is, in a parameter of all experts. All others are gathered whole and quantized on rank 0.
+is, in a parameter of all experts. All others are gathered whole and quantized where they are packed.
+
+Buckets are packed by `senders` in turn (rank 0 alone, unless several ranks send). Of the chunks of other ranks a rank
+lays out those of the buckets that it packs itself, and no others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from sender.hf_names import Cut, Cuts
 from sender.sharding import ShardedRows, Sharding
-from shared.buckets import ALIGNMENT_BYTES, Bucket, Entry, Layout, Slot
+from shared.buckets import ALIGNMENT_BYTES, Entry, Layout, Slot
 from shared.numerics import BLOCK
 
 FLAG_BYTES = 4
@@ -62,8 +65,8 @@ class Run:
 
 @dataclass(frozen=True)
 class BucketRows:
-    """One bucket. `flags_at`: bytes in the chunk of this rank. On rank 0 also `chunk_bytes` of every rank, what lies in
-    the chunks, and pairs (number of an int32 of the chunks, number of the tensor whose flag it is)."""
+    """One bucket. `flags_at`: bytes in the chunk of this rank. On the rank that packs it also `chunk_bytes` of
+    every rank, what lies in the chunks, and pairs (number of an int32 of the chunks, of the tensor of that flag)."""
 
     parts: tuple[Part, ...]
     flags_at: int
@@ -80,7 +83,8 @@ class BucketRows:
 @dataclass(frozen=True)
 class RowsPlan:
     """`names`: the tensors that are quantized before the gather. `buckets`: by number, None for one without any.
-    `num_amax`: values in the buffer of the blocks that cross ranks. `num_bytes`: codes and scales of all ranks."""
+    `num_amax`: values in the buffer of the blocks that cross ranks. `num_bytes`: codes and scales of all ranks.
+    `senders`: bucket i goes to the rank that is number i modulo their number."""
 
     rank: int
     num_ranks: int
@@ -89,26 +93,56 @@ class RowsPlan:
     num_amax: int
     num_bytes: int
     made_for: tuple[tuple[ShardedRows, ...], Cuts] = field(repr=False)
+    senders: tuple[int, ...] = (0,)
 
-    def still_holds(self, sharding: Sharding, cuts: Cuts) -> bool:
+    def still_holds(self, sharding: Sharding, cuts: Cuts, senders: tuple[int, ...] = (0,)) -> bool:
         parameters, known = self.made_for
-        return parameters == sharding.parameters and (not parameters or known == cuts)
+        same = parameters == sharding.parameters and senders == self.senders
+        return same and (not parameters or known == cuts)
+
+    def goes_to(self, index: int) -> int:
+        """The rank that packs bucket `index`."""
+        return self.senders[index % len(self.senders)]
 
 
-def plan_rows(layout: Layout, sharding: Sharding, cuts: Cuts, rank: int, num_ranks: int) -> RowsPlan:
+def plan_rows(
+    layout: Layout, sharding: Sharding, cuts: Cuts, rank: int, num_ranks: int, senders: tuple[int, ...] = (0,)
+) -> RowsPlan:
     """`cuts`: the tensors of every parameter of `sharding`, by its name."""
     sources = dict(_sources(sharding, cuts))
     maker = _Maker(sharding.parameters, rank, num_ranks)
     number = 0
     for bucket in layout.buckets:
-        maker.begin(bucket)
+        maker.begin(packs=senders[bucket.index % len(senders)] == rank)
         for entry in bucket.entries:
             if entry.scale is not None and (source := sources.get(entry.tensor.name)) is not None:
                 maker.add(entry, entry.scale, number, *source)
             number += 1
         maker.end()
     names, buckets = frozenset(maker.names), tuple(maker.buckets)
-    return RowsPlan(rank, num_ranks, names, buckets, maker.num_amax, maker.num_bytes, (sharding.parameters, cuts))
+    made_for = (sharding.parameters, cuts)
+    return RowsPlan(rank, num_ranks, names, buckets, maker.num_amax, maker.num_bytes, made_for, senders)
+
+
+def held_bytes(layout: Layout, sharding: Sharding, cuts: Cuts, num_ranks: int) -> list[int]:
+    """Codes and scales that each rank quantizes for those that pack; 0 where tensors are gathered whole."""
+    sources, held = dict(_sources(sharding, cuts)), [0] * num_ranks
+    for bucket in layout.buckets:
+        for entry in bucket.entries:
+            if entry.scale is None or (source := sources.get(entry.tensor.name)) is None:
+                continue
+            (parameter, first_row), (rows, cols) = source, entry.tensor.shape
+            for rank, first, stop in _spread(sharding.parameters[parameter], first_row, rows):
+                num_blocks = -(-stop // BLOCK) - -(-first // BLOCK)  # those that begin in these rows
+                held[rank] += (stop - first) * cols + num_blocks * entry.scale.num_bytes // entry.scale.shape[0]
+    return held
+
+
+def _spread(held: ShardedRows, first_row: int, num_rows: int) -> Iterator[tuple[int, int, int]]:
+    """The ranks that hold some of rows `first_row` and following, and which: from the first to before the last."""
+    for rank in range(first_row // held.rows_per_rank, (first_row + num_rows - 1) // held.rows_per_rank + 1):
+        start, end = held.of(rank)
+        yield rank, max(start - first_row, 0), min(end - first_row, num_rows)
 
 
 def _sources(sharding: Sharding, cuts: Cuts) -> Iterator[tuple[str, tuple[int, int]]]:
@@ -160,7 +194,7 @@ def _aligned(num_bytes: int) -> int:
 
 
 class _Maker:
-    """Goes through the tensors in the order of the layout. Rank 0 lays out the chunks of all ranks, others one."""
+    """Goes through the tensors in the order of the layout. Who packs a bucket lays out the chunks of all ranks."""
 
     def __init__(self, parameters: tuple[ShardedRows, ...], rank: int, num_ranks: int) -> None:
         self._parameters, self._rank, self._num_ranks = parameters, rank, num_ranks
@@ -168,14 +202,16 @@ class _Maker:
         self.buckets: list[BucketRows | None] = []
         self.num_amax = self.num_bytes = 0
 
-    def begin(self, bucket: Bucket) -> None:
+    def begin(self, packs: bool) -> None:
+        """`packs`: whether this rank packs the bucket."""
         self._parts: list[Part] = []
-        self._chunks = {rank: _Chunk() for rank in (range(self._num_ranks) if self._rank == 0 else [self._rank])}
+        self._laid_out: Sequence[int] = range(self._num_ranks) if packs else ()
+        self._chunks = {rank: _Chunk() for rank in self._laid_out or [self._rank]}
         self._is_used = False
 
     def end(self) -> None:
         mine, sizes, runs, flags = self._chunks[self._rank], list[int](), list[Run](), list[tuple[int, int]]()
-        for rank in range(self._num_ranks) if self._rank == 0 else ():
+        for rank in self._laid_out:
             chunk, start = self._chunks[rank], sum(sizes)
             runs += [Run(start + run.from_byte, run.to_byte, run.num_bytes) for run in chunk.runs]
             first = (start + chunk.flags_at) // FLAG_BYTES
@@ -191,12 +227,10 @@ class _Maker:
         self.names.append(entry.tensor.name)
         self.num_bytes += entry.values.num_bytes + scale.num_bytes
         amax_at = self._crossing(rows, cols, first_row, held.rows_per_rank)
-        for rank in range(first_row // held.rows_per_rank, (first_row + rows - 1) // held.rows_per_rank + 1):
+        for rank, first, stop in _spread(held, first_row, rows):
             chunk = self._chunks.get(rank)
             if chunk is None:
                 continue
-            start, end = held.of(rank)
-            first, stop = max(start - first_row, 0), min(end - first_row, rows)
             codes_at = chunk.place(entry.values, first * cols, stop * cols)
             first_block, end_block = -(-first // BLOCK), -(-stop // BLOCK)  # those that begin in these rows
             row_bytes, scales_at = scale.num_bytes // scale.shape[0], 0
@@ -206,7 +240,7 @@ class _Maker:
                 for a, b in _cut_at_blocks(first, stop, rows):
                     scale_at = scales_at + (a // BLOCK - first_block) * row_bytes if a % BLOCK == 0 else None
                     at = codes_at + (a - first) * cols
-                    place = (parameter, first_row + a - start, b - a, cols)
+                    place = (parameter, first_row + a - held.of(rank)[0], b - a, cols)
                     self._parts.append(Part(*place, at, scale_at, len(chunk.flags), amax_at.get(a // BLOCK)))
             chunk.flags.append(number)
 

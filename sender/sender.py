@@ -7,8 +7,9 @@
 
 Once (`prepare`, or the first push): the servers are asked what they hold, a plan is made, the data plane is joined.
 Every push: quantize, gather, send, bucket by bucket; verify on all servers; commit on all servers. Each rank quantizes
-the rows that it holds; rank 0 quantizes what has to be gathered whole, and talks to the servers; the others learn the
-outcome. An error is raised on every rank, and leaves the servers serving what they served (see `shared.errors`).
+the rows that it holds; rank 0 quantizes what has to be gathered whole, sends and talks to servers; the others learn the
+outcome. Several ranks may send in its place, each its share of the buckets (`send_from`). An error is raised on
+every rank, and leaves the servers serving what they served (see `shared.errors`).
 """
 
 from __future__ import annotations
@@ -20,15 +21,25 @@ from types import TracebackType
 import torch
 from torch import nn
 
-from sender.checks import check_deadlines, check_plane, check_quantize, check_servers, check_version, check_ways
+from sender.checks import (
+    check_deadlines,
+    check_plane,
+    check_quantize,
+    check_send_from,
+    check_servers,
+    check_version,
+    check_ways,
+)
 from sender.control import ControlClient, HttpControl
 from sender.fleet import Fleet, longest_push_s
 from sender.gather import Gathered, Gatherer
 from sender.handle import PushHandle
+from sender.holder import Holder
 from sender.leader import Leader
 from sender.plan import PushPlan, QuantizeWhen
 from sender.ranks import Lead, TrainerRanks, TryAgain
 from sender.report import PhaseClock, PushReport
+from sender.sending_ranks import SendFrom, SendingRanks
 from sender.snapshot import Keeper
 from sender.source import Shard, ShardSource, WeightSource
 from sender.sources import Sources
@@ -70,6 +81,10 @@ class FP8Sender:
         plane: the data plane: `tcp`; on a network of your own `nccl`, from the current GPU of rank 0 to other GPUs, or
             `gloo`, a tree of copies; `same_host`, where rank 0 and all servers are on one host: rank 0 writes straight
             into memory of the servers; `memory` for tests.
+        send_from: which trainer ranks send, in turn a bucket each, over planes of their own: `rank_0`; a tuple of them,
+            `(1,)` or `(0, 1, 2, 3)`; or `auto`: of rank 0, any other rank, up to eight of its host or of all, those
+            with the fewest bytes on the busiest link. Bytes are the same whoever sends. It has to be the same on every
+            rank, and so have `servers`. Not with `push_async`, `keep_snapshot` and `quorum`, nor over `memory`.
         ca_file: certificates (PEM) that `https` servers are checked against, in place of the system's.
     """
 
@@ -89,6 +104,7 @@ class FP8Sender:
         quantize: QuantizeWhen = "before_gather",
         keep_snapshot: bool = False,
         plane: PlaneName = "tcp",
+        send_from: SendFrom = "rank_0",
         ca_file: str | None = None,
     ) -> None:
         check_servers(servers, quorum)
@@ -100,6 +116,7 @@ class FP8Sender:
         self._bucket_bytes, self._timeout_s = bucket_bytes, timeout_s
         self._patience_s = longest_push_s(timeout_s)  # the other ranks wait for rank 0, all of its deadlines added up
         self._ranks = TrainerRanks(meeting_timeout_s)
+        check_send_from(send_from, self._ranks.size, plane, quorum, keep_snapshot)
         self._connect = lambda s: HttpControl(s, admin_key, ca_file) if isinstance(s, str) else s
         self._fleet = Fleet(
             [self._connect(server) for server in servers],
@@ -113,7 +130,12 @@ class FP8Sender:
             gpu=torch.cuda.current_device() if plane in ("nccl", "same_host") and torch.cuda.is_available() else None,
         )
         self._quorum, self._turns, self._keeper = quorum, Turns(timeout_s), Keeper(keep_snapshot)
-        self._leader = Leader(self._fleet, self._config, bucket_bytes, self._turns, self._keeper)
+        way_out = self._fleet if self._ranks.is_leader else self._fleet.half
+        self._holder = Holder(way_out, self._config, self._ranks.rank, self._keeper)
+        self._sending = SendingRanks(
+            send_from, plane, self._ranks, self._fleet, self._holder, timeout_s, self._patience_s
+        )
+        self._leader = Leader(self._fleet, self._holder, self._sending, bucket_bytes, self._turns, self._keeper)
         self._sources = Sources(self._ranks.size if quantize == "before_gather" else 1)
         self._gatherer = Gatherer(self._config)
         self._planned: PushPlan | None = None
@@ -127,8 +149,9 @@ class FP8Sender:
             clock = PhaseClock()
             source, plan, lead = self._meet_and_plan("prepare", lambda: self._sources.of(model), clock, ask=True)
             for bucket, gathered in self._gathered(source, plan, clock):
-                lead.run(self._leader.rehearse, plan, bucket, gathered)
+                lead.run(self._holder.rehearse, plan, bucket, gathered, on=plan.sender_of(bucket))
             source.release()
+            self._sending.hear_of_failures(plan, lead, self._timeout_s)
             lead.finish("", self._patience_s, self._fail)
             self._leader.end()
             return plan
@@ -158,12 +181,14 @@ class FP8Sender:
         Training may change the weights at once. No other call of this sender may come before `wait()`.
         """
         check_version(version)
+        if not self._sending.is_rank_0:
+            raise ConfigError("push_async sends from rank 0 alone: push, or FP8Sender(send_from='rank_0')")
         clock, snapshot = PhaseClock(), list[torch.Tensor]()
         with self._ending_its_turn():
             source, plan, lead = self._meet_and_plan("push_async", lambda: self._sources.of(model), clock)
             for bucket, gathered in self._gathered(source, plan, clock):
                 with clock.phase("quantize"):
-                    lead.run(self._leader.pack_into, snapshot, plan, bucket, gathered)
+                    lead.run(self._holder.pack_into, snapshot, plan, bucket, gathered)
             source.release()
         self._pending = PushHandle(
             lambda: self._transfer(plan, lead, clock, snapshot, version),
@@ -216,6 +241,8 @@ class FP8Sender:
         self._pending = None
         if self._ranks.is_leader:
             self._fleet.close()
+        else:
+            self._sending.close()
 
     def __enter__(self) -> FP8Sender:
         return self
@@ -242,17 +269,18 @@ class FP8Sender:
         source, plan, lead = self._meet_and_plan("push", make_source, clock, lambda: self._leader.begin_early(version))
         with clock.phase("plan"):
             lead.run(self._leader.begin, version)
+            self._sending.begin(plan, lead, self._fail)
         for bucket, gathered in self._gathered(source, plan, clock):
             with clock.phase("quantize"):
-                packed = lead.run(self._leader.pack, plan, bucket, gathered)
+                packed = lead.run(self._holder.pack, plan, bucket, gathered, on=plan.sender_of(bucket))
             with clock.phase("send"):
-                lead.run(self._leader.send, packed, bucket.index)
+                lead.run(self._holder.send, packed, bucket.index, on=plan.sender_of(bucket))
         source.release()
-        self._publish(lead, clock)
+        self._publish(plan, lead, clock)
         return self._finish(plan, lead, clock)
 
     def _gathered(self, source: WeightSource, plan: PushPlan, clock: PhaseClock) -> Iterator[tuple[Bucket, Gathered]]:
-        """Collective. Each bucket as it comes to rank 0; it is valid until the next one."""
+        """Collective. Each bucket as it comes to the rank that sends it; it is valid until the next one."""
         with clock.phase("quantize"), self._failing_loudly():
             gathering = self._gatherer.begin(source, plan)
         for bucket in plan.layout.buckets:
@@ -262,8 +290,9 @@ class FP8Sender:
                 gathered = gathering.gather(bucket)
             yield bucket, gathered
 
-    def _publish(self, lead: Lead, clock: PhaseClock) -> None:
+    def _publish(self, plan: PushPlan, lead: Lead, clock: PhaseClock) -> None:
         with clock.phase("verify"):
+            self._sending.end(plan, lead)
             lead.run(self._leader.verify)
         with clock.phase("commit"):
             lead.run(self._leader.commit)
@@ -272,13 +301,13 @@ class FP8Sender:
         self, plan: PushPlan, lead: Lead, clock: PhaseClock, snapshot: list[torch.Tensor], version: int | None
     ) -> None:
         """The rest of `push_async`, on a thread of its own. It tries again without a word to the other ranks."""
-        lead.run(self._leader.check_finite)
+        lead.run(self._holder.check_finite)
         while True:
             lead.run(self._leader.begin_or_plan_again, plan, version)
             for index, packed in enumerate(snapshot):
                 with clock.phase("send"):
-                    lead.run(self._leader.send, packed, index)
-            self._publish(lead, clock)
+                    lead.run(self._holder.send, packed, index)
+            self._publish(plan, lead, clock)
             if not lead.take_back(self._fleet.leave_out_the_guilty):
                 break
             lead.run(self._leader.plan_again, plan)
@@ -290,7 +319,8 @@ class FP8Sender:
         """Whether all ranks hold the same plan."""
         if self._pending is not None:
             raise ConfigError("a push_async is still under way: wait() for it first")
-        return self._ranks.meet(what, self._planned.layout.plan_hash if self._planned is not None else "")
+        known = None if self._sending.lost_its_plane else self._planned
+        return self._ranks.meet(what, known.layout.plan_hash if known is not None else "")
 
     def _meet_and_plan(
         self,
@@ -303,7 +333,7 @@ class FP8Sender:
         """`first`: what rank 0 does once all ranks are there."""
         while True:
             same_plan = self._meet(what)
-            lead = Lead(self._ranks)
+            lead = Lead(self._ranks, None if self._sending.is_rank_0 else self._sending.stop)
             with suppress(TryAgain), clock.phase("plan"):
                 if first is not None:
                     lead.run(first)
@@ -319,6 +349,8 @@ class FP8Sender:
         except BaseException as error:
             if self._turns.is_mine and not under_way:
                 self._fail(error)
+            elif not self._ranks.is_leader:
+                self._sending.close()
             raise
 
     @contextmanager
@@ -333,15 +365,17 @@ class FP8Sender:
 
     def _plan(self, source: WeightSource, lead: Lead, same_plan: bool, ask: bool) -> PushPlan:
         """The plan of the last push if it still holds, else a new one; rank 0 decides for all ranks."""
-        lead.agree("how the model is sharded", source.sharding.text)
+        lead.agree("how the model is sharded", self._sending.named + source.sharding.text)
         found = lead.run(self._leader.plan, source, self._planned if same_plan else None, ask)
         try:
             text = lead.finish(found, self._patience_s, self._fail, self._fleet.leave_out_the_guilty)
+            if text or self._planned is None:
+                plan = PushPlan.from_json(text, source.tensors, self._bucket_bytes)
+                alone = self._sending.is_rank_0
+                self._planned = plan if alone else self._sending.open(plan, source, lead, self._fail)
         except (Fp8SyncError, TryAgain):
             self._planned = None
             raise
-        if text or self._planned is None:
-            self._planned = PushPlan.from_json(text, source.tensors, self._bucket_bytes)
         self._planned = self._planned.sharded(source.sharding, source.cuts, self._ranks.rank, self._ranks.size)
         return self._planned
 

@@ -1,4 +1,4 @@
-"""Where weights come from: something that lists checkpoint tensors and gathers them whole on rank 0.
+"""Where weights come from: something that lists checkpoint tensors and gathers them whole on one rank.
 
 `ModuleSource` reads a module, sharded or not, under any wrappers (`sender.wrappers`). `ShardSource` reads shards that
 the caller names itself. Neither writes to a parameter. What is pushed is what training computes with: fp32 masters are
@@ -42,8 +42,11 @@ class WeightSource(Protocol):
     def cuts(self) -> Cuts:
         """The tensors that are made of each parameter in `sharding`."""
 
-    def gather(self, names: Sequence[str]) -> Mapping[str, torch.Tensor]:
-        """Collective. The whole tensors on rank 0, in wire precision; what others get is not used."""
+    def gather(self, names: Sequence[str], to: int = 0, receivers: Sequence[int] = (0,)) -> Mapping[str, torch.Tensor]:
+        """Collective. The whole tensors on rank `to`, in wire precision; what others get is not used.
+
+        `receivers`: the ranks to which tensors of this source go until `release`, `to` among them.
+        """
 
     def release(self) -> None:
         """Drop what `gather` kept for the next call."""
@@ -138,12 +141,13 @@ class ModuleSource:
     def tensors(self) -> tuple[TensorSpec, ...]:
         return self._tensors
 
-    def gather(self, names: Sequence[str]) -> Mapping[str, torch.Tensor]:
+    def gather(self, names: Sequence[str], to: int = 0, receivers: Sequence[int] = (0,)) -> Mapping[str, torch.Tensor]:
+        """On every rank of `receivers`: they may have parts of one parameter each."""
         names = tuple(names)
         known = self._in_memory.get(names)
         if known is not None and known.holds():
             return known.weights
-        found = Weights(names, self._one)
+        found = Weights(names, lambda name: self._one(name, receivers))
         for name in names:
             found[name]  # now: it is a collective
         self._in_memory.pop(names, None)
@@ -152,17 +156,17 @@ class ModuleSource:
             self._in_memory[names] = lasting
         return found
 
-    def _one(self, name: str) -> torch.Tensor:
+    def _one(self, name: str, receivers: Sequence[int]) -> torch.Tensor:
         held, dtype, cut = self._cuts[name]
-        return cut.of(self._whole(held, dtype))
+        return cut.of(self._whole(held, dtype, receivers))
 
-    def _whole(self, held: Held, dtype: torch.dtype) -> torch.Tensor:
+    def _whole(self, held: Held, dtype: torch.dtype, receivers: Sequence[int]) -> torch.Tensor:
         """The gathered parameter; kept while its cuts are asked for one after the other."""
         last, whole = self._gathered
         if last is not held or whole is None:
             self._gathered = (None, None)
             with torch.no_grad():
-                whole = held.whole(dtype)
+                whole = held.whole(dtype, receivers)
             self._gathered = (held, whole)
         return whole
 
@@ -259,26 +263,27 @@ class ShardSource:
             for n in self._holders
         )
 
-    def gather(self, names: Sequence[str]) -> Mapping[str, torch.Tensor]:
-        return {name: self._whole(name) for name in names}
+    def gather(self, names: Sequence[str], to: int = 0, receivers: Sequence[int] = (0,)) -> Mapping[str, torch.Tensor]:
+        return {name: self._whole(name, to) for name in names}
 
     def release(self) -> None:
         """Nothing is kept."""
 
-    def _whole(self, name: str) -> torch.Tensor:
-        """Every holder sends its parts to rank 0, in the order that all ranks know."""
+    def _whole(self, name: str, to: int) -> torch.Tensor:
+        """Every holder sends its parts to rank `to`, in the order that all ranks know."""
         dtype = _WIRE_DTYPES[self._dtypes[name]]
         device = next(iter(self._mine.values())).device if self._mine else torch.device("cpu")
-        whole = torch.empty(self._shapes[name] if self._ranks.is_leader else (0,), dtype=dtype, device=device)
+        receives = self._ranks.rank == to
+        whole = torch.empty(self._shapes[name] if receives else (0,), dtype=dtype, device=device)
         for box, holder in self._holders[name].items():
             window = tuple(slice(start, stop) for start, stop in box)
             if holder == self._ranks.rank:
                 part = self._mine[name, box].to(dtype)
-                if self._ranks.is_leader:
+                if receives:
                     whole[window] = part
                 else:
-                    dist.send(part.contiguous(), dst=0)
-            elif self._ranks.is_leader:
+                    dist.send(part.contiguous(), dst=to)
+            elif receives:
                 part = torch.empty([stop - start for start, stop in box], dtype=dtype, device=device)
                 dist.recv(part, src=holder)
                 whole[window] = part

@@ -10,7 +10,7 @@ PEFT               `base_model.model.` in front, `.base_layer` inside; adapters 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -40,8 +40,8 @@ class Held(Protocol):
     def dtype(self) -> torch.dtype:
         """As training keeps it."""
 
-    def whole(self, dtype: torch.dtype) -> torch.Tensor:
-        """Collective. The whole parameter in `dtype` on rank 0; what others get is not used."""
+    def whole(self, dtype: torch.dtype, receivers: Sequence[int] = (0,)) -> torch.Tensor:
+        """Collective. The whole parameter in `dtype` on ranks `receivers`; what others get is not used."""
 
     def release(self) -> None:
         """Drop what `whole` kept for the next call."""
@@ -58,7 +58,7 @@ class TensorHeld:
         self.shape = tuple(tensor.shape)
         self.dtype = tensor.dtype
 
-    def whole(self, dtype: torch.dtype) -> torch.Tensor:
+    def whole(self, dtype: torch.dtype, receivers: Sequence[int] = (0,)) -> torch.Tensor:
         tensor = self.tensor.detach().to(dtype)
         if isinstance(tensor, DTensor):  # under CPU offload, the group of its mesh may have collectives elsewhere only
             moved: Any = tensor.to(tensor.device_mesh.device_type)

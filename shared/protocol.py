@@ -2,12 +2,12 @@
 
 Order of messages in the life of a sender (S = sender, rank 0 of the trainer; R = every rank of a server):
 
-    once          S -> R  Describe            what are you, which version do you serve
+    once          S -> R  Describe            what are you, where, which version do you serve
                   S -> R  Offer               these are my tensors; R traces its model and answers with a manifest
-                  S -> R  Open                join my data plane; R answers with its way of staging
+                  S -> R  Open                join the data planes of all who send; R answers with its way of staging
     every push   (S -> R  Hold                where R stages in memory that requests use: let none run until Release)
                   S -> R  Begin               version v comes now (R receives in the background)
-                  S => R  flat uint8 buckets  on the data plane, each with its digest ahead of it
+                  S => R  flat uint8 buckets  on the data planes in turn, each with its digest ahead of it
                   S -> R  Verify              these are the digests; R compares and is STAGED
                   S -> R  Prepare             several servers: promise to commit v or to be fenced, unless I say Abort
                  (S -> R  Hold                with strict in its place, unless held: let no request run until Release)
@@ -25,12 +25,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from shared.config import MOST_TENSORS, FP8BlockConfig, Name, WireModel
 from shared.errors import ConfigError, IncompatibleServerError
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 MIN_SGLANG_VERSION = "0.5.16"
 CONTROL_PATH, INFO_PATH = "/fp8sync/control", "/fp8sync/info"
 LONGEST_DEADLINE_S = 24 * 3600.0
@@ -53,6 +53,7 @@ Seconds = Annotated[float, Field(gt=0, le=LONGEST_DEADLINE_S, allow_inf_nan=Fals
 
 # Limits, far beyond what any model needs.
 MAX_BODY_BYTES = 64 << 20
+MOST_SENDERS = 1 << 10  # trainer ranks with a data plane of their own
 _MOST_PROBLEMS_TOLD = 5
 Word = Annotated[str, Field(max_length=256)]  # an id, a host, a hash
 Text = Annotated[str, Field(max_length=1 << 14)]
@@ -80,7 +81,7 @@ class ManifestTensor(TensorSpec):
 
 
 class Rendezvous(WireModel):
-    """Where and as whom to join the data plane. Ranks of the plane: sender 0, then every server rank in order.
+    """Where and as whom to join a data plane. Ranks of the plane: sender 0, then every server rank in order.
 
     `key` names the plane and is no secret; `secret` (32 bytes, hex) is what a rank proves to know, of one session.
     """
@@ -108,6 +109,9 @@ class Offer(WireModel):
 
 
 class Open(WireModel):
+    """`rendezvous`: one for each trainer rank that sends, all of one session; bucket i of a push comes from the one
+    that is number i modulo their number."""
+
     kind: Literal["open"] = "open"
     sender: Word
     session: Word
@@ -115,7 +119,26 @@ class Open(WireModel):
     plan_hash: Word
     bucket_bytes: Annotated[int, Field(ge=1, le=1 << 40)]
     staging: StagingChoice = "auto"
-    rendezvous: Rendezvous
+    rendezvous: Annotated[tuple[Rendezvous, ...], Field(min_length=1, max_length=MOST_SENDERS)]
+
+    @model_validator(mode="after")
+    def _is_of_one_session(self) -> Open:
+        facts = {(met.plane, met.secret, met.world_size, met.first_rank) for met in self.rendezvous}
+        if len(facts) > 1:
+            raise ValueError("its data planes differ in kind, secret, or ranks")
+        return self
+
+    @property
+    def secret(self) -> str:
+        return self.rendezvous[0].secret
+
+    @property
+    def plane(self) -> PlaneName:
+        return self.rendezvous[0].plane
+
+    @property
+    def first_rank(self) -> int:
+        return self.rendezvous[0].first_rank
 
 
 class Begin(WireModel):
@@ -219,8 +242,16 @@ ControlMessage = Annotated[
 ]
 
 
+class Place(WireModel):
+    """Where a process computes: `host` is the same for all of one host, `gpu` a UUID; "" where there is none."""
+
+    host: Word
+    gpu: Word = ""
+
+
 class ServerInfo(WireModel):
-    """What a server says of itself. `cannot_keep`: why it would refuse a commit that lets requests go on."""
+    """What a server says of itself. `cannot_keep`: why it would refuse a commit that lets requests go on. `places`: of
+    its ranks, in order."""
 
     protocol: int
     sglang_version: Word
@@ -233,6 +264,7 @@ class ServerInfo(WireModel):
     gemm_backend: str
     moe_backend: str
     cannot_keep: tuple[str, ...] = ()
+    places: tuple[Place, ...] = ()
 
 
 class WireError(WireModel):

@@ -18,7 +18,7 @@ MESSAGES: tuple[BaseModel, ...] = (
     protocol.Describe(),
     protocol.Offer(config=FP8BlockConfig(), tensors=(TensorSpec(name="a", shape=(2, 2), dtype="bfloat16"),)),
     protocol.Open(
-        sender="who", session="s", incarnation="i", plan_hash="p", bucket_bytes=1 << 20, rendezvous=RENDEZVOUS
+        sender="who", session="s", incarnation="i", plan_hash="p", bucket_bytes=1 << 20, rendezvous=(RENDEZVOUS,)
     ),
     protocol.Begin(session="s", version=1, deadline_s=1.0),
     protocol.Verify(session="s", version=1, digests=(1, 2)),

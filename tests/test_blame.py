@@ -90,7 +90,7 @@ def joined_by(fleet: Fleet, index: int, join: Join) -> None:
 
 def small_buffers(sender: FP8Sender) -> None:
     """What is sent does not wait in the kernel of this host either."""
-    plane = sender._fleet._plane
+    plane = sender._fleet.half.plane
     assert isinstance(plane, SocketSender)
     for connection in plane.links._ranks.values():
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SMALL)

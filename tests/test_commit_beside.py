@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from receiver_plugin.probe import fingerprint
-from sender import FP8Sender, fleet
+from sender import FP8Sender, sending
 from sender.packer import Packer
 from shared import errors, protocol
 from shared.planes.memory import MemoryPlane
@@ -50,7 +50,7 @@ def server() -> Server:
 def late(monkeypatch: pytest.MonkeyPatch) -> type[Late]:
     pack = Packer.pack
     monkeypatch.setattr(Packer, "pack", lambda *a, **more: pack(*a, **more).clone())
-    monkeypatch.setattr(fleet, "_leaves_later", lambda bucket: True)
+    monkeypatch.setattr(sending, "_leaves_later", lambda bucket: True)
     return type("Plane", (Late,), {})
 
 

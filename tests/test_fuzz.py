@@ -194,7 +194,7 @@ def test_any_order_of_messages_leaves_the_weights_and_the_next_push_alone() -> N
             fleet = target.sender._fleet
         incarnation = fleet._incarnations[target.server.client.name]
         opened = protocol.Open(
-            sender="f", session="s", incarnation=incarnation, plan_hash="p", bucket_bytes=9, rendezvous=RENDEZVOUS
+            sender="f", session="s", incarnation=incarnation, plan_hash="p", bucket_bytes=9, rendezvous=(RENDEZVOUS,)
         )
         for message in data.draw(st.lists(messages(fleet._session, opened), min_size=1, max_size=8)):
             target.server.send(message)

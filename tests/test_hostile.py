@@ -286,7 +286,7 @@ def test_who_only_listens_learns_neither_secret_nor_digests() -> None:
     server.control._handle = server.receiver.handle
     with FP8Sender([server.control], timeout_s=5.0, bucket_bytes=64 << 10) as sender:
         sender.push(Trainer())
-        secret, digests, session = sender._fleet._secret, sender._fleet._digests, sender._fleet._session
+        secret, digests, session = sender._fleet.half.secret, sender._fleet._all_digests, sender._fleet._session
     assert len(seen) > 10_000
     for word in (secret.encode(), bytes.fromhex(secret), session.encode(), bytes.fromhex(session)):
         assert word not in seen
@@ -298,7 +298,7 @@ def test_the_secret_is_in_no_text() -> None:
     assert SECRET not in repr(meeting) and SECRET not in str(meeting)
     body = meeting.model_dump_json().replace(SECRET, SECRET[:-1] + "Z").encode()
     with pytest.raises(errors.ConfigError) as caught:
-        protocol.decode_message(b'{"kind":"open","rendezvous":' + body + b"}")
+        protocol.decode_message(b'{"kind":"open","rendezvous":[' + body + b"]}")
     assert SECRET[:-1] not in str(caught.value)
 
 
@@ -392,9 +392,9 @@ def test_a_server_process_survives_a_hostile_store() -> None:
 
         def call_beside_a_stranger(message: Any, timeout_s: float) -> protocol.Reply:
             if isinstance(message, protocol.Open):
-                plane = sender._fleet._plane
+                plane = sender._fleet.half.plane
                 assert isinstance(plane, GroupSender)
-                hostile, key = stranger_in(plane), message.rendezvous.key
+                hostile, key = stranger_in(plane), message.rendezvous[0].key
 
                 def write() -> None:
                     while not stop.is_set():

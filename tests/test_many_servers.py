@@ -540,8 +540,8 @@ def test_the_session_of_a_dead_sender_ends_by_itself(plane: protocol.PlaneName) 
     assert session is not None
     time.sleep(2.5)
     assert session._thread.is_alive(), "its sender is there"
-    assert fleet._plane is not None
-    fleet._plane.close()
+    assert fleet.half.plane is not None
+    fleet.half.plane.close()
     thread = session._thread
     thread.join(10.0)
     assert not thread.is_alive()

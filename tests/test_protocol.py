@@ -24,7 +24,7 @@ from shared.protocol import (
 )
 
 # Golden bytes. To change one of these literals is to raise PROTOCOL_VERSION.
-GOLDEN_VERSION = 5
+GOLDEN_VERSION = 6
 
 OFFER = Offer(
     config=FP8BlockConfig(scale_fmt="ue8m0", modules_to_not_convert=("lm_head",)),
@@ -34,7 +34,7 @@ OFFER = Offer(
     ),
 )
 OFFER_BYTES = (
-    b'{"kind":"offer","protocol":5,"config":{"block_size":[128,128],"dtype":"float8_e4m3fn","scale_fmt":"ue8m0",'
+    b'{"kind":"offer","protocol":6,"config":{"block_size":[128,128],"dtype":"float8_e4m3fn","scale_fmt":"ue8m0",'
     b'"zero_scale":"one","modules_to_not_convert":["lm_head"]},"tensors":[{"name":"a.weight","shape":[130,64],'
     b'"dtype":"bfloat16"},{"name":"norm.weight","shape":[64],"dtype":"float16"}]}'
 )
@@ -45,24 +45,26 @@ OPEN = Open(
     incarnation="1nc",
     plan_hash="beef",
     bucket_bytes=1 << 20,
-    rendezvous=Rendezvous(
-        plane="tcp",
-        host="10.0.0.1",
-        port=29500,
-        key="4ey",
-        secret="5e" * 32,
-        world_size=5,
-        first_rank=2,
-        timeout_s=30.0,
+    rendezvous=(
+        Rendezvous(
+            plane="tcp",
+            host="10.0.0.1",
+            port=29500,
+            key="4ey",
+            secret="5e" * 32,
+            world_size=5,
+            first_rank=2,
+            timeout_s=30.0,
+        ),
     ),
 )
 OPEN_BYTES = (
     b'{"kind":"open","sender":"host-0a","session":"5e55","incarnation":"1nc","plan_hash":"beef","bucket_bytes":1048576,'
-    b'"staging":"auto","rendezvous":{"plane":"tcp","host":"10.0.0.1","port":29500,"key":"4ey","secret":"'
+    b'"staging":"auto","rendezvous":[{"plane":"tcp","host":"10.0.0.1","port":29500,"key":"4ey","secret":"'
     + b"5e"
     * 32
     + b'","world_size":5,'
-    b'"first_rank":2,"timeout_s":30.0}}'
+    b'"first_rank":2,"timeout_s":30.0}]}'
 )
 
 MANIFEST = (
@@ -107,7 +109,8 @@ FIELDS = {
     "ManifestTensor": "name shape dtype quantized",
     "FP8BlockConfig": "block_size dtype scale_fmt zero_scale modules_to_not_convert",
     "ServerInfo": "protocol sglang_version incarnation num_ranks block_size scale_fmt device compute_capability "
-    "gemm_backend moe_backend cannot_keep",
+    "gemm_backend moe_backend cannot_keep places",
+    "Place": "host gpu",
 }
 
 
@@ -145,9 +148,9 @@ def test_messages_decode_to_what_they_were() -> None:
         changed(OPEN_BYTES, bucket_bytes=1048576.5),
         changed(OPEN_BYTES, bucket_bytes=True),
         changed(OPEN_BYTES, plan_hash=None),
-        changed(OPEN_BYTES, rendezvous={**OPEN.rendezvous.model_dump(), "port": "29500"}),
-        changed(OPEN_BYTES, rendezvous={**OPEN.rendezvous.model_dump(), "plane": "ucx"}),
-        changed(OPEN_BYTES, rendezvous={**OPEN.rendezvous.model_dump(), "rank": 1}),
+        changed(OPEN_BYTES, rendezvous=[{**OPEN.rendezvous[0].model_dump(), "port": "29500"}]),
+        changed(OPEN_BYTES, rendezvous=[{**OPEN.rendezvous[0].model_dump(), "plane": "ucx"}]),
+        changed(OPEN_BYTES, rendezvous=[{**OPEN.rendezvous[0].model_dump(), "rank": 1}]),
         OPEN_BYTES.replace(b'"session":"5e55",', b""),
         changed(OPEN_BYTES, kind="reopen"),
         OPEN_BYTES.replace(b'"kind":"open",', b""),
@@ -162,7 +165,7 @@ def test_messages_decode_to_what_they_were() -> None:
     ],
 )
 def test_what_is_no_message_is_refused(data: bytes) -> None:
-    with pytest.raises(errors.ConfigError, match="not a control message of protocol 5"):
+    with pytest.raises(errors.ConfigError, match="not a control message of protocol 6"):
         decode_message(data)
 
 
@@ -182,7 +185,7 @@ BEYOND = [
     changed(OPEN_BYTES, bucket_bytes=0),
     changed(OPEN_BYTES, bucket_bytes=(1 << 40) + 1),
     *(
-        changed(OPEN_BYTES, rendezvous={**OPEN.rendezvous.model_dump(), **field})
+        changed(OPEN_BYTES, rendezvous=[{**OPEN.rendezvous[0].model_dump(), **field}])
         for field in (
             {"port": 1 << 16},
             {"port": -1},
@@ -229,7 +232,7 @@ def test_an_error_does_not_repeat_what_was_given() -> None:
 
 @pytest.mark.parametrize("data", [changed(OFFER_BYTES, protocol=1), b'{"kind":"describe","protocol":0}'])
 def test_another_protocol_version_is_named(data: bytes) -> None:
-    with pytest.raises(errors.IncompatibleServerError, match=r"speaks protocol \d, this server 5"):
+    with pytest.raises(errors.IncompatibleServerError, match=r"speaks protocol \d, this server 6"):
         decode_message(data)
 
 

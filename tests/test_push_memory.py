@@ -439,7 +439,7 @@ def test_a_server_that_falls_silent_is_not_waited_for_beyond_the_deadline(server
 def test_a_gather_that_fails_leaves_no_server_waiting(
     server: Server, sender: FP8Sender, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(source: ModuleSource, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    def broken(source: ModuleSource, names: tuple[str, ...], *more: object) -> dict[str, torch.Tensor]:
         raise MemoryError("no memory for the whole tensor")
 
     with monkeypatch.context() as patched:

@@ -58,10 +58,10 @@ def test_a_replica_sees_its_own_part() -> None:
         plane="gloo", host="h", port=1, key="k", secret="5e" * 32, world_size=9, first_rank=3, timeout_s=1.0
     )
     opened = protocol.Open(
-        sender="s", session="s", incarnation="a+b", plan_hash="p", bucket_bytes=1, rendezvous=rendezvous
+        sender="s", session="s", incarnation="a+b", plan_hash="p", bucket_bytes=1, rendezvous=(rendezvous,)
     )
     seen = [for_replica(opened, replica, 2) for replica in range(3)]
     assert [part.incarnation for part in seen] == ["a", "b", ""]
-    assert [part.rendezvous.first_rank for part in seen[:2]] == [3, 5]
+    assert [part.first_rank for part in seen[:2]] == [3, 5]
     alone = opened.model_copy(update={"incarnation": "a"})
     assert for_replica(alone, 0, 2) is alone and for_replica(protocol.Describe(), 1, 2) == protocol.Describe()

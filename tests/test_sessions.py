@@ -184,8 +184,9 @@ def test_whatever_ends_a_push_others_have_their_turn(
         if where == "gather":
             patched.setattr(ModuleSource, "gather", interrupted)
         else:
-            whole = getattr(fleet.sender._leader, where)
-            patched.setattr(fleet.sender._leader, where, lambda *args: (whole(*args), interrupted()))
+            owner: Any = fleet.sender._holder if where == "_packed" else fleet.sender._leader
+            whole = getattr(owner, where)
+            patched.setattr(owner, where, lambda *args: (whole(*args), interrupted()))
         with pytest.raises(stop, match="enough"):
             getattr(fleet.sender, call)(Trainer(seed=2)).wait()
     fleet.sender._turns._patience_s = 0.1

@@ -46,7 +46,7 @@ class Rig:
         self._version, self.arrived = 0, False
 
     def _digests(self) -> tuple[int, ...]:
-        secret, version = self._fleet._secret, self._version
+        secret, version = self._fleet.half.secret, self._version
         numbered = enumerate(self._buckets)
         return tuple(digest(data, secret=secret, version=version, bucket=index) for index, data in numbered)
 
@@ -71,9 +71,9 @@ class Rig:
         session = self.server.receiver._session
         if session is None or session.transfer is None or self.arrived:
             return
-        assert self._fleet._plane is not None
+        assert self._fleet.half.plane is not None
         for bucket, sent in zip(self._buckets, self._digests(), strict=True):
-            self._fleet._plane.send(bucket, sent)
+            self._fleet.half.plane.send(bucket, sent)
         assert session.transfer.done.wait(10.0)
         self.arrived = True
 
@@ -137,7 +137,7 @@ class Rig:
             incarnation=incarnation,
             plan_hash="",
             bucket_bytes=1 << 20,
-            rendezvous=meeting,
+            rendezvous=(meeting,),
         )
         self._tell(message)
 

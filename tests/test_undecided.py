@@ -132,7 +132,7 @@ def _open(sender: str, session: str) -> protocol.Open:
         plane="memory", host="", port=0, key="", secret="0" * 64, world_size=2, first_rank=0, timeout_s=5.0
     )
     return protocol.Open(
-        sender=sender, session=session, incarnation="", plan_hash="", bucket_bytes=1, rendezvous=meeting
+        sender=sender, session=session, incarnation="", plan_hash="", bucket_bytes=1, rendezvous=(meeting,)
     )
 
 

@@ -359,12 +359,12 @@ def test_a_sender_that_dies(way: StagingWay) -> None:
     reply = server.receiver.handle(protocol.Describe())
     assert reply.state == "RECEIVING" and reply.exclusive == (way != "reserved")
     session = server.receiver._session
-    assert session is not None and session.transfer is not None and fleet._plane is not None
-    fleet._plane.close()
+    assert session is not None and session.transfer is not None and fleet.half.plane is not None
+    fleet.half.plane.close()
     assert session.transfer.done.wait(5.0)
     ends(server, way, before)
     assert way != "kv_pool" or server.clean()
-    fleet._plane = None
+    fleet.half.plane = None
     sender.close()
     with made(server) as second:
         second.push(Trainer(seed=2))

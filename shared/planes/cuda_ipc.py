@@ -110,7 +110,7 @@ class CudaMapping:
     def __init__(self, where: bytes, gpu: int | None) -> None:
         handle, uuid, first, num_bytes = _WHERE.unpack(where)
         if gpu is None:
-            raise TransferError("a server receives on a GPU, and the trainer's rank 0 has none: use plane='tcp'")
+            raise TransferError("a server receives on a GPU, and this trainer rank has none: use plane='tcp'")
         self._gpu, self._is_own = gpu, _uuid(gpu) == uuid
         self._check_reach(uuid)
         with torch.cuda.device(gpu):
@@ -135,7 +135,7 @@ class CudaMapping:
         theirs = next((index for index in range(torch.cuda.device_count()) if _uuid(index) == uuid), None)
         if theirs is None:
             raise TransferError(
-                f"a server receives on GPU {uuid.decode(errors='replace')}, which the trainer's rank 0 does not see: "
+                f"a server receives on GPU {uuid.decode(errors='replace')}, which this trainer rank does not see: "
                 "its CUDA_VISIBLE_DEVICES must name the GPUs of all servers, beside its own"
             )
         if theirs != self._gpu and not torch.cuda.can_device_access_peer(self._gpu, theirs):

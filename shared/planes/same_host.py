@@ -217,7 +217,7 @@ class _Rank:
             if said.what != messages.MEET:
                 raise TransferError(said.text if said.what == messages.CANNOT else "it does not say where it is")
             if said.memory != messages.this_host():
-                raise TransferError("it is on another host than rank 0 of the trainer: use plane='nccl' or plane='tcp'")
+                raise TransferError("it is on another host than this trainer rank: use plane='nccl' or plane='tcp'")
             self._map(said).close()
             self._let_go(deadline)
         except TransferError as error:

@@ -94,9 +94,9 @@ class WatchedSender:
     def watch_plane(self) -> WatchedPlane:
         """Once it is joined: buckets pass the tripwire from here on, until the next plan."""
         fleet = self.inner._fleet
-        assert fleet._plane is not None, "prepare first"
-        watched = WatchedPlane(fleet._plane, self.tripwire)
-        fleet._plane = watched
+        assert fleet.half.plane is not None, "prepare first"
+        watched = WatchedPlane(fleet.half.plane, self.tripwire)
+        fleet.half.plane = watched
         return watched
 
     def vanish(self, data: torch.Tensor | None = None) -> None:
@@ -110,8 +110,8 @@ class WatchedSender:
             self.inner.close()
         else:
             fleet = self.inner._fleet
-            if fleet._plane is not None:
-                fleet._plane.close()
+            if fleet.half.plane is not None:
+                fleet.half.plane.close()
             fleet._servers._pool.shutdown(wait=True)
         for close in self.on_close:
             close()

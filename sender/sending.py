@@ -1,0 +1,134 @@
+"""The sending half of one trainer rank: its own data plane to the ranks of all servers, and what went out over it.
+
+Rank 0 has one, and every other rank that sends (`sender.sending_ranks`). On a GPU a bucket leaves with the next call,
+so that nobody waits for what was only just begun.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import torch
+
+from sender.rendezvous import Listening, listen
+from shared import protocol as wire
+from shared.digest import begin_digest
+from shared.errors import SessionLostError
+from shared.planes import HasRoom, SendHalf
+
+
+def _leaves_later(bucket: torch.Tensor) -> bool:
+    return bucket.is_cuda
+
+
+class SendingHalf:
+    """`gpu`: from which the planes `nccl` and `same_host` send. `digests`: of what was sent in this push, by the number
+    of the bucket. `checks_first`: whether a bucket must be known to be right before it is sent.
+    """
+
+    def __init__(
+        self,
+        plane: wire.PlaneName,
+        timeout_s: float,
+        gpu: int | None,
+        make_memory_plane: Callable[[wire.Rendezvous], SendHalf],
+    ) -> None:
+        self._name, self._timeout_s, self._gpu, self._make_memory_plane = plane, timeout_s, gpu, make_memory_plane
+        self._listening: Listening | None = None
+        self.plane: SendHalf | None = None
+        self.secret = ""
+        self.version = 0
+        self.checks_first = False
+        self.digests: dict[int, int] = {}
+        self._room: torch.Tensor | None = None  # where a bucket may be made
+        self._waiting = deque[tuple[torch.Tensor, int, Callable[[], int]]]()  # buckets, their numbers and digests
+
+    # Once
+
+    def listen(self, hosts: Sequence[str], num_ranks: Sequence[int], secret: str) -> tuple[wire.Rendezvous, ...]:
+        """Where the ranks of each server are to come, `num_ranks` of each. `hosts`: as of `sender.rendezvous.listen`.
+
+        Raises: TransferError, OSError: there is nowhere to listen.
+        """
+        self.close()
+        self.secret = secret
+        self._listening = listen(
+            self._name, hosts, num_ranks, secret, self._timeout_s, self._gpu, self._make_memory_plane
+        )
+        self.plane = self._listening.plane
+        return self._listening.rendezvous
+
+    def join(self) -> None:
+        """Return when all have come. Raises: TransferError: some have not."""
+        assert self._listening is not None
+        self._listening.join()
+
+    # Every push
+
+    def begin(self, version: int) -> None:
+        self.version, self.digests = version, {}
+        self._waiting.clear()
+
+    def send(self, bucket: torch.Tensor, index: int, waits: bool = False) -> None:
+        """Send flat uint8 `bucket`. From a GPU it leaves with the next call of this, or of `flush`, and if it `waits`
+        the one before does, too; elsewhere its memory may be used again on return.
+
+        Raises: TransferError: it did not go out.
+        """
+        found = begin_digest(bucket, secret=self.secret, version=self.version, bucket=index)
+        self._waiting.append((bucket, index, found))
+        if not _leaves_later(bucket) or bucket is self._room:
+            self._send_waiting()
+        elif not waits:
+            self._send_waiting(but=1)
+
+    def _send_waiting(self, but: int = 0) -> None:
+        while len(self._waiting) > but:
+            bucket, index, found = self._waiting.popleft()
+            self.digests[index] = found()
+            self._opened.send(bucket, self.digests[index])
+
+    @property
+    def is_ahead(self) -> bool:
+        """Whether buckets wait for the next call."""
+        return bool(self._waiting)
+
+    def take_digests_ahead(self) -> None:
+        """Of the buckets that wait, too."""
+        self.digests |= {index: found() for _, index, found in self._waiting}
+
+    def room(self, num_bytes: int) -> torch.Tensor | None:
+        """Where the bucket that comes next may be made, on whatever device that is; or None."""
+        plane: object = self.plane
+        self._room = plane.room(num_bytes) if isinstance(plane, HasRoom) and not self._waiting else None
+        return self._room
+
+    def rehearse(self, bucket: torch.Tensor) -> None:
+        """What `send` does on the device, to no effect."""
+        begin_digest(bucket, secret=self.secret, version=0, bucket=0)()
+
+    def flush(self) -> None:
+        """Return when all has left. Raises: TransferError."""
+        self._send_waiting()
+        self._opened.flush()
+
+    @property
+    def _opened(self) -> SendHalf:
+        if self.plane is None:
+            raise SessionLostError("the data plane is closed: push again")
+        return self.plane
+
+    # At the end
+
+    def forget(self) -> None:
+        """Buckets that wait are not sent any more."""
+        self._waiting.clear()
+
+    def close(self) -> None:
+        """Leave the plane; whoever waits for something from here hears that it is over. Idempotent."""
+        self._waiting.clear()
+        self._listening = None
+        plane, self.plane = self.plane, None
+        if plane is not None:
+            plane.close()

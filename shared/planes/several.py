@@ -1,0 +1,75 @@
+"""The data planes of several trainer ranks, as one to a server rank: bucket i of a push comes over half i % n.
+
+    sender 0    bucket 0            bucket 3            ...
+    sender 1            bucket 1            bucket 4
+    sender 2                    bucket 2
+
+Each half is a plane of its own, with a sender of its own. They end together: where one breaks, the rank leaves all, so
+that every sender learns of it at once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import torch
+
+from shared.planes import ReceiveHalf, open_receiver
+from shared.protocol import Rendezvous
+
+Join = Callable[[Rendezvous, int], ReceiveHalf]
+
+
+def open_receivers(
+    meetings: Sequence[Rendezvous], rank: int, num_buckets: int, join: Join = open_receiver
+) -> ReceiveHalf:
+    """Join as receiver number `rank`, as `open_receiver` does, whoever sends. `num_buckets`: of every push."""
+    return join(meetings[0], rank) if len(meetings) == 1 else SeveralReceivers(meetings, rank, num_buckets, join)
+
+
+class SeveralReceivers:
+    """Joins one sender after the other, in the same order on every server rank: joining is a collective of some planes.
+
+    Raises: TransferError: one of them cannot be joined; those that were are left.
+    """
+
+    def __init__(self, meetings: Sequence[Rendezvous], rank: int, num_buckets: int, join: Join = open_receiver) -> None:
+        self._num_buckets = num_buckets
+        self._halves: list[ReceiveHalf] = []
+        self._number = 0  # of the next bucket in its push
+        self._coming = deque[ReceiveHalf]()  # the halves of buckets that were not waited for yet
+        try:
+            for meeting in meetings:
+                self._halves.append(join(meeting, rank))
+        except BaseException:
+            self.close()
+            raise
+
+    def receive(self, bucket: torch.Tensor, timeout_s: float) -> int:
+        half = self._halves[self._number % len(self._halves)]
+        self._number = (self._number + 1) % self._num_buckets
+        self._coming.append(half)
+        return half.receive(bucket, timeout_s)
+
+    def arrive(self, timeout_s: float) -> None:
+        self._coming.popleft().arrive(timeout_s)
+
+    def release(self, timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        for half in self._halves:
+            half.release(max(0.001, deadline - time.monotonic()))
+
+    def interrupt(self) -> None:
+        for half in self._halves:
+            half.interrupt()
+
+    def alive(self) -> bool:
+        return all(half.alive() for half in self._halves)
+
+    def close(self) -> None:
+        """The first that is closed may wait for its sender to let go: no other one waits for that."""
+        self.interrupt()
+        for half in self._halves:
+            half.close()
