@@ -128,7 +128,7 @@ class SendingHalf:
     def close(self) -> None:
         """Leave the plane; whoever waits for something from here hears that it is over. Idempotent."""
         self._waiting.clear()
-        self._listening = None
+        self._listening = self._room = None
         plane, self.plane = self.plane, None
         if plane is not None:
             plane.close()
