@@ -24,7 +24,8 @@ def _leaves_later(bucket: torch.Tensor) -> bool:
 
 class SendingHalf:
     """`gpu`: from which the planes `nccl` and `same_host` send. `digests`: of what was sent in this push, by the number
-    of the bucket. `checks_first`: whether a bucket must be known to be right before it is sent.
+    of the bucket. `checks_first`: whether a bucket must be known to be right before it is sent. `settles`: whether a
+    bucket has arrived before the next step: others' buckets may wait for it, and this rank for them.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class SendingHalf:
         self.plane: SendHalf | None = None
         self.secret = ""
         self.version = 0
-        self.checks_first = False
+        self.checks_first = self.settles = False
         self.digests: dict[int, int] = {}
         self._room: torch.Tensor | None = None  # where a bucket may be made
         self._waiting = deque[tuple[torch.Tensor, int, Callable[[], int]]]()  # buckets, their numbers and digests
@@ -88,6 +89,8 @@ class SendingHalf:
             bucket, index, found = self._waiting.popleft()
             self.digests[index] = found()
             self._opened.send(bucket, self.digests[index])
+            if self.settles:
+                self._opened.flush()
 
     @property
     def is_ahead(self) -> bool:

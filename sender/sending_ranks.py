@@ -130,7 +130,7 @@ class SendingRanks:
         lead.run(self._open, plan, meetings)
         checks_first = lead.finish(str(self._fleet.checks_first), self._patience_s, on_failure)
         if self._is_sender or self._ranks.is_leader:
-            lead.run(self._join, checks_first == str(True), on=self._ranks.rank)
+            lead.run(self._join, checks_first == str(True), len(plan.senders), on=self._ranks.rank)
         self.hear_of_failures(plan, lead, JOIN_TIMEOUT_S)
         lead.finish("", self._patience_s, on_failure)
         return plan
@@ -196,7 +196,10 @@ class SendingRanks:
         """On rank 0: the servers are told where to join whom."""
         self._fleet.open(plan, {rank: _MEETINGS.validate_json(text) for rank, text in meetings.items()})
 
-    def _join(self, checks_first: bool) -> None:
+    def _join(self, checks_first: bool, num_senders: int) -> None:
+        # Over `same_host` a GPU tells that a bucket is there with its next one, many turns later, while a server that
+        # has no room for so many takes none of the others'.
+        self._fleet.half.settles = self._plane == "same_host" and num_senders > 2
         if self._ranks.is_leader:
             self._fleet.join()
         else:
