@@ -78,8 +78,9 @@ class SendingHalf:
         Raises: TransferError: it did not go out.
         """
         found = begin_digest(bucket, secret=self.secret, version=self.version, bucket=index)
+        is_there, self._room = bucket is self._room, None  # kept no longer: it is memory of a server
         self._waiting.append((bucket, index, found))
-        if not _leaves_later(bucket) or bucket is self._room:
+        if not _leaves_later(bucket) or is_there:
             self._send_waiting()
         elif not waits:
             self._send_waiting(but=1)
