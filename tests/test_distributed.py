@@ -229,7 +229,7 @@ def at_bucket(sender: FP8Sender, index: int, action: Callable[[], object]) -> No
             action()
         send(bucket, number, check)
 
-    sender._fleet.send = send_after_action  # type: ignore[method-assign]
+    sender._fleet.send = send_after_action  # type: ignore[method-assign, assignment]
 
 
 @EVERY_PLANE
