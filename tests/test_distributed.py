@@ -272,7 +272,7 @@ def test_a_bucket_of_another_size_fails_the_push_and_not_the_server(plane: proto
         small, large = sorted(plan.layout.buckets, key=lambda bucket: bucket.num_bytes)[:: len(plan.layout.buckets) - 1]
         send = sender._fleet.send
 
-        def send_the_wrong_one(bucket: torch.Tensor, number: int) -> None:
+        def send_the_wrong_one(bucket: torch.Tensor, number: int, check: Callable[[], None] | None = None) -> None:
             send(torch.zeros(large.num_bytes, dtype=torch.uint8) if number == small.index else bucket, number)
 
         sender._fleet.send = send_the_wrong_one  # type: ignore[method-assign, assignment]

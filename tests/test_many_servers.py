@@ -326,7 +326,7 @@ def die_at(sender: FP8Sender, server: Server, control: Watched, bucket: int) -> 
     """Before `bucket` is sent: its connections break, and it answers nothing any more."""
     send = sender._fleet.send
 
-    def send_after_death(packed: torch.Tensor, index: int) -> None:
+    def send_after_death(packed: torch.Tensor, index: int, check: Callable[[], None] | None = None) -> None:
         if index == bucket:
             sender._fleet.send = send  # type: ignore[method-assign]
 
@@ -337,7 +337,7 @@ def die_at(sender: FP8Sender, server: Server, control: Watched, bucket: int) -> 
             session = server.receiver._session
             assert session is not None and session.transfer is not None
             session.transfer.cancelled.set()
-        send(packed, index)
+        send(packed, index, check)
 
     sender._fleet.send = send_after_death  # type: ignore[method-assign, assignment]
 
