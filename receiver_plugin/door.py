@@ -120,7 +120,7 @@ class Door:
             held = self._held
             if held is not None and held.exclusive and self._is_held_for(message.session, message.version):
                 reply = await self._ask(message)
-                held.begun = held.begun or reply.exclusive
+                held.begun = held.begun or reply.error is None
                 return reply
         return await self._failed("its door is not held for this version, or no longer; nothing was touched")
 
@@ -238,8 +238,10 @@ class Door:
             reply = await self._ask(_could_begin(message))
             return reply.error is not None and reply.error.kind == "SessionLostError"
         reply = await self._ask(wire.Describe())
-        before = {"RECEIVING"} if isinstance(message, wire.Commit) and message.digests is not None else set()
-        at_work = reply.exclusive if exclusive else reply.state in {"STAGED", "PROMISED", *before}
+        arrives = exclusive or (isinstance(message, wire.Commit) and message.digests is not None)
+        at_work = reply.state in {"STAGED", "PROMISED", *(["RECEIVING"] if arrives else [])}
+        if exclusive:
+            at_work = at_work and reply.exclusive
         committed = reply.version >= message.version and reply.fence is None
         return reply.error is None and not at_work and not committed
 

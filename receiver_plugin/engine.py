@@ -45,6 +45,7 @@ class EngineControl:
         self.name = f"engine {id(engine):x} of this process"
         self._control, self._loop = attach_engine(engine, make_control)
         self._released: set[str] = set()  # by `release_memory`
+        self._moving = asyncio.Lock()  # one release or resume at a time
 
     def call(self, message: BaseModel, timeout_s: float) -> Reply:
         """Raises: the error that the engine reported, or `ServerUnreachableError`."""
@@ -87,6 +88,11 @@ class EngineControl:
     def version(self) -> int:
         return self._control.version
 
+    @property
+    def released(self) -> frozenset[str]:
+        """Which of its memory is released."""
+        return frozenset(self._released)
+
     async def fence(self) -> str | None:
         """Why requests are refused, or None."""
         return await self._control.fence()
@@ -114,14 +120,21 @@ class EngineControl:
         from receiver_plugin.sglang_requests import release_memory
 
         chosen = self._of_memory(tags, released=False)
+
+        async def release() -> bool:
+            async with self._moving:  # also beyond the time that is waited for it
+                self._of_memory(chosen, released=False)
+                if done := await release_memory(self.engine, chosen):
+                    self._released |= {*chosen}
+                return done
+
         deadline = asyncio.get_running_loop().time() + timeout_s
-        while not (done := await _within(timeout_s, release_memory(self.engine, chosen))):
+        while not (done := await _within(timeout_s, release())):
             if done is None:
                 raise ServerUnreachableError(f"its schedulers did not release memory within {timeout_s:.0f} s")
             if asyncio.get_running_loop().time() > deadline:
                 raise ServerBusyError(f"requests were running for {timeout_s:.0f} s: no memory was released")
             await asyncio.sleep(_IDLE_POLL_S)
-        self._released |= {*chosen}
 
     async def resume_memory(self, tags: Collection[str], timeout_s: float) -> None:
         """Take memory of `tags` again. That of weights holds none until the next full push: until then it is fenced.
@@ -133,12 +146,14 @@ class EngineControl:
         chosen = self._of_memory(tags, released=True)
 
         async def resume() -> bool:
-            await resume_memory(self.engine, chosen)
-            return True
+            async with self._moving:
+                self._of_memory(chosen, released=True)
+                await resume_memory(self.engine, chosen)
+                self._released -= {*chosen}
+                return True
 
         if not await _within(timeout_s, resume()):
             raise ServerUnreachableError(f"its schedulers did not resume memory within {timeout_s:.0f} s")
-        self._released -= {*chosen}
 
     def _of_memory(self, tags: Collection[str], released: bool) -> tuple[str, ...]:
         """`tags` in SGLang's order; a second release or resume of one would end its schedulers."""

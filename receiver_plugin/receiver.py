@@ -110,6 +110,11 @@ class Receiver:
         return self._fence
 
     @property
+    def lacks_memory(self) -> bool:
+        """Whether memory that requests use is released just now."""
+        return bool(self._engine.memory.released)
+
+    @property
     def state(self) -> wire.ServerState:
         transfer = self._session.transfer if self._session else None
         if transfer is not None:
@@ -135,8 +140,8 @@ class Receiver:
             return self._reply(error=to_wire(PushError(f"{message.kind} failed: {type(error).__name__}: {error}")))
 
     def _reply(self, **fields: Any) -> wire.Reply:
-        # Nothing may run beside such a push, nor without a KV cache.
-        fields["exclusive"] = self._sessions.exclusive or "kv_cache" in self._engine.memory.released
+        # Nothing may run beside such a push, nor without weights, KV cache or CUDA graphs.
+        fields["exclusive"] = self._sessions.exclusive or self.lacks_memory
         return wire.Reply(state=self.state, version=self._version, fence=self._fence, **fields)
 
     # Once

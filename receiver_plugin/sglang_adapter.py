@@ -137,7 +137,7 @@ def _enter_queue(original: Any, scheduler: Any, request: Any, *args: Any, **kwar
     if _requests is not None:
         _requests.enter(request)
     original(scheduler, request, *args, **kwargs)
-    if _requests is not None and _receiver is not None and _receiver.fence is not None:
+    if _requests is not None and _receiver is not None and (_receiver.fence is not None or _receiver.lacks_memory):
         _requests.end(request)
 
 

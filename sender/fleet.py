@@ -440,18 +440,22 @@ class Fleet:
         digests = self._all_digests
         if not is_ahead:
             return transaction.commit(digests)
-        broken: TransferError | None = None
+        broken: Exception | None = None
         committing = self._servers.on_a_thread(lambda: transaction.commit(digests))
         try:
             with self._blame.of_ranks():
                 self.half.flush()
-        except TransferError as error:
+        except Exception as error:
             broken = error.with_traceback(None)  # its frames hold a bucket
+        except BaseException:  # what a server is told last must not pass its commit
+            with suppress(Exception):
+                committing.result(self._servers.answer_s)
+            raise
         try:
             skew_s = committing.result()
         except StillComingError:
             if broken is not None:
-                raise self._in_own_words(broken) from None
+                raise self._in_own_words(broken) if isinstance(broken, TransferError) else broken from None
             raise
         if broken is not None:
             self.close_session(f"the data plane broke after all had arrived: {broken}")

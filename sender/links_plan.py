@@ -41,7 +41,8 @@ class BusiestLink(BaseModel):
 class Links:
     """`trainers`, `servers`: where each rank is. `held`: bytes of the push that each trainer rank has for the senders.
 
-    `buckets`: bytes of each, in the order in which they are sent.
+    `buckets`: bytes of each, in the order in which they are sent. `on_one_host`: rank 0 knows a server by an address
+    that ranks of other hosts do not.
     """
 
     plane: PlaneName
@@ -49,6 +50,7 @@ class Links:
     servers: Sequence[Place]
     held: Sequence[int]
     buckets: Sequence[int]
+    on_one_host: bool = False
 
     def choose(self) -> tuple[int, ...]:
         """The ranks that send. Of choices that take as long: rank 0, and then the fewest.
@@ -61,8 +63,8 @@ class Links:
         return min(able, key=lambda senders: self.busiest(senders).seconds)
 
     def _candidates(self) -> list[tuple[int, ...]]:
-        everybody = range(len(self.trainers))
-        near = [rank for rank in everybody if _same_host(self.trainers[rank], self.trainers[0])]
+        near = [rank for rank, place in enumerate(self.trainers) if rank == 0 or _same_host(place, self.trainers[0])]
+        everybody = near if self.on_one_host else range(len(self.trainers))
         several = (tuple(ranks[:MOST_SENDERS]) for ranks in (near, everybody))
         found = [*((rank,) for rank in everybody), *(ranks for ranks in several if len(ranks) > 1)]
         return list(dict.fromkeys(found))

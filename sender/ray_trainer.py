@@ -98,8 +98,9 @@ class Watch:
     def _run(self) -> None:
         while not self._over.wait(self._every_s):
             try:
-                if self._sender.behind():
-                    logger.warning("fp8sync: caught up: %s", ", ".join(self._sender.catch_up()) or "nobody any more")
+                if behind := self._sender.behind():
+                    caught_up = self._sender.catch_up(behind)
+                    logger.warning("fp8sync: caught up: %s", ", ".join(caught_up) or "nobody any more")
             except Fp8SyncError as error:
                 logger.warning("fp8sync: catching up: %s", error)
             except Exception:

@@ -14,7 +14,7 @@ every rank, and leaves the servers serving what they served (see `shared.errors`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import TracebackType
 
@@ -213,11 +213,13 @@ class FP8Sender:
         with self._between_pushes("remove_server"):
             self._fleet.remove(server.rstrip("/"))
 
-    def catch_up(self) -> tuple[str, ...]:
+    def catch_up(self, names: Collection[str] | None = None) -> tuple[str, ...]:
         """Not collective: on rank 0, from any thread, while training goes on. Waits for a push under way.
 
         Brings the version of the last push, from the snapshot (`keep_snapshot`), to every server that does not serve
         it: one that joined, started again, is fenced, or was left out. Their names; on other ranks it does nothing.
+
+        `names`: of the servers that are meant, such as those that `behind` gave. None: all of them.
 
         Raises:
             ConfigError: there is no snapshot, or a `push_async` is under way.
@@ -227,7 +229,7 @@ class FP8Sender:
         if not self._ranks.is_leader:
             return ()
         with self._between_pushes("catch_up"):
-            return self._keeper.bring_up(self._fleet)
+            return self._keeper.bring_up(self._fleet, names)
 
     def behind(self) -> tuple[str, ...]:
         """Not collective, from any thread: on rank 0 the names of servers that answer and do not serve the version that

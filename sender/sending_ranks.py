@@ -148,6 +148,7 @@ class SendingRanks:
             servers=self._fleet.places,
             held=held_bytes(plan.layout, source.sharding, source.cuts, self._ranks.size),
             buckets=[bucket.num_bytes for bucket in plan.layout.buckets],
+            on_one_host=any(ip_address(host).is_loopback for host in self._fleet.local_hosts()),
         )
         senders = links.choose() if self.wanted == "auto" else self.wanted
         if why := links.obstacles(senders):
@@ -174,7 +175,7 @@ class SendingRanks:
         known = {client.name: client for client in self._fleet.clients}
         near = told.place.host == place_of(self._device).host != ""
         hosts = [
-            self._host(name, known.get(name), host if near else None, ip_address(host).is_loopback)
+            self._host(name, known.get(name), host if near else None)
             for name, host in zip(told.servers, told.hosts, strict=True)
         ]
         try:
@@ -182,16 +183,15 @@ class SendingRanks:
         except OSError as error:
             raise TransferError(f"it cannot listen for the servers: {error}") from error
 
-    def _host(self, name: str, client: ControlClient | None, near: str | None, on_its_host: bool) -> str:
-        """By which address of this rank's machine the server is reached. `near`: that of rank 0, if this is its host.
-        `on_its_host`: whether rank 0 reaches it without a network."""
-        if near is None and on_its_host:
-            raise ConfigError(f"{name} is named by an address that only rank 0's host knows: name it as all hosts do")
-        if client is not None:
-            return client.local_host()
-        if near is None:
+    def _host(self, name: str, client: ControlClient | None, near: str | None) -> str:
+        """By which address of this machine the server is reached. `near`: that of rank 0, if this is its host."""
+        if near is not None:
+            return near if client is None else client.local_host()
+        if client is None:
             raise ConfigError(f"{name} is no server of this rank: give the same servers to FP8Sender on every rank")
-        return near
+        if ip_address(found := client.local_host()).is_loopback:
+            raise ConfigError(f"{name} is named by an address that only rank 0's host knows: name it as all hosts do")
+        return found
 
     def _open(self, plan: PushPlan, meetings: dict[int, str]) -> None:
         """On rank 0: the servers are told where to join whom."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -63,8 +64,8 @@ class Keeper:
         if self._keeps:
             self._last, self._coming = Snapshot(version, plan, tuple(self._coming)), []
 
-    def bring_up(self, fleet: Fleet) -> tuple[str, ...]:
-        """Feed every server that does not serve the last version, one by one; their names.
+    def bring_up(self, fleet: Fleet, names: Collection[str] | None = None) -> tuple[str, ...]:
+        """Feed every server, or those of `names`, that does not serve the last version, one by one; their names.
 
         Raises: ConfigError: nothing is kept. StaleVersionError: one has a newer version. PushError, after all were
         tried: what kept one from it, or a list.
@@ -77,7 +78,8 @@ class Keeper:
             raise StaleVersionError(
                 f"version {newest} is served and the snapshot is version {last.version}: the next push reaches all"
             )
-        behind = [client for client in fleet.clients if _is_behind(replies.get(client.name), last.version)]
+        asked = [client for client in fleet.clients if names is None or client.name in names]
+        behind = [client for client in asked if _is_behind(replies.get(client.name), last.version)]
         if behind:
             fleet.close_session("a server is fed alone")
         fed = []

@@ -49,19 +49,16 @@ class Transaction:
         Raises: CommitError: names the servers that committed and those that did not.
         """
         left_out = self._promise()
-        skew_s = self._publish(digests)
+        alone = len(self._servers) == 1 and self._doors.shut <= set(self._servers.names)
+        opens = alone and not self._strict  # which others would be waited for
+        skew_s = self._publish(digests, opens)
         # Not where it failed: there `Abort` goes first, because a door that opens before it breaks a promise.
-        if self._opens:
+        if opens:  # and has
             self._doors.opened()
         else:
             self._doors.release(self._session, self._version)
         self._servers.tell(self.abort("left out", fence=False), left_out, insist=True)  # a promise may stand there
         return skew_s
-
-    @property
-    def _opens(self) -> bool:
-        """Whether the commit of a single server opens its door, and there is no other one."""
-        return len(self._servers) == 1 and self._doors.shut <= set(self._servers.names)
 
     def _promise(self) -> Failed:
         """With a quorum, servers that cannot promise are left out, and returned: nothing is decided yet."""
@@ -86,7 +83,8 @@ class Transaction:
         logger.debug("fp8sync: decided: %s take version %d", self._servers.names, self._version)
         return failed
 
-    def _publish(self, digests: tuple[int, ...] | None) -> float:
+    def _publish(self, digests: tuple[int, ...] | None, opens: bool) -> float:
+        """`opens`: the commit opens the door of the only server."""
         commit = wire.Commit(
             session=self._session,
             version=self._version,
@@ -96,7 +94,7 @@ class Transaction:
         )
         shut = self._doors.shut
         commits = [
-            commit.model_copy(update={"held": name in shut, "opens": name in shut and self._opens})
+            commit.model_copy(update={"held": name in shut, "opens": name in shut and opens})
             for name in self._servers.names
         ]
         self.decided = True  # whatever interrupts this from here on: some may have committed

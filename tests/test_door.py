@@ -294,7 +294,7 @@ class Receiving(Schedulers):
 
     def __init__(self) -> None:
         super().__init__()
-        self.exclusive, self.version = False, 3
+        self.exclusive, self.version, self.gone = False, 3, False
 
     async def ask(self, message: Any) -> protocol.Reply:
         reply = await super().ask(message)
@@ -331,6 +331,30 @@ def test_the_schedulers_hear_of_it_before_the_door_opens(monkeypatch: pytest.Mon
 
     _, events = run_early(steps, monkeypatch)
     assert events == ["prepare", "shut (wait)", "prepare", "begin", "commit", "release", "open"]
+
+
+def test_a_push_that_is_gone_opens_the_door_also_while_memory_is_released(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replies say `exclusive` then, whether a transfer is at work or not."""
+
+    async def steps(schedulers: Receiving) -> None:
+        ask = schedulers.ask
+
+        async def released(message: Any) -> protocol.Reply:
+            gone = message.kind == "describe" and schedulers.gone
+            return (await ask(message)).model_copy(
+                update={"exclusive": True, "state": "FENCED" if gone else "RECEIVING", "fence": "why" if gone else None}
+            )
+
+        schedulers.door._ask = released
+        assert (await schedulers.door.hold(EARLY)).error is None
+        await schedulers.door.begin(BEGIN)
+        await asyncio.sleep(0.1)
+        assert schedulers.door.excludes, "it is at work"
+        schedulers.gone = True
+        await asyncio.sleep(0.1)
+        assert not schedulers.door.excludes
+
+    run_early(steps, monkeypatch)
 
 
 def test_a_commit_opens_the_door_if_it_is_to_and_succeeds(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -145,7 +145,8 @@ def test_others_are_not_brought_up_in_the_middle() -> None:
         assert sender.behind() == ()
         other.receiver.weights_changed("another route")
         assert sender.behind() == ("b",)
-        assert sender.catch_up() == ("a", "b") and is_served(server, 3) and is_served(other, 3)
+        assert sender.catch_up(sender.behind()) == ("b",) and is_served(other, 3) and not is_served(server, 3)
+        assert sender.catch_up() == ("a",) and is_served(server, 3) and is_served(other, 3)
 
 
 class Process:
@@ -275,6 +276,48 @@ def test_requests_end_before_memory_is_released(control: EngineControl) -> None:
     manager.model_update_lock._readers = 0
     manager.is_stuck = True
     fails(errors.ServerUnreachableError, "did not release memory", control.release_memory(["kv_cache"], 0.1))
+
+
+def test_memory_that_is_released_late_is_released(control: EngineControl) -> None:
+    manager = manager_of(control)
+
+    async def slowly(request: Any, http: None) -> None:
+        manager.calls.append(("release", list(request.tags)))
+        await asyncio.sleep(0.3)
+
+    manager.release_memory_occupation = slowly  # type: ignore[method-assign]
+
+    async def steps() -> None:
+        with pytest.raises(errors.ServerUnreachableError, match="did not release memory"):
+            await control.release_memory(["weights"], 0.1)
+        with pytest.raises(errors.ConfigError, match="cannot be released now"):
+            await control.release_memory(["weights"], 5.0)
+        assert control.released == {"weights"}
+        await control.resume_memory(["weights"], 5.0)
+
+    asyncio.run(steps())
+    assert manager.calls == [("release", ["weights"]), ("resume", ["weights"])]
+
+
+def test_two_releases_at_a_time(control: EngineControl) -> None:
+    async def both() -> list[Any]:
+        releases = (control.release_memory(["weights"], 5.0) for _ in range(2))
+        return await asyncio.gather(*releases, return_exceptions=True)
+
+    found = asyncio.run(both())
+    assert sorted(type(outcome).__name__ for outcome in found) == ["ConfigError", "NoneType"]
+    assert manager_of(control).calls == [("release", ["weights"])]
+
+
+@pytest.mark.parametrize("tag", ["weights", "cuda_graph"])
+def test_nothing_runs_without_any_memory_that_it_uses(tag: str) -> None:
+    server = Watched("reserved")
+    with made(server) as sender:
+        sender.push(Trainer(1))
+        server.engine.memory.released |= {tag}
+        assert server.receiver.lacks_memory and server.receiver.handle(protocol.Describe()).exclusive
+        server.engine.memory.released -= {tag}
+        assert not server.receiver.handle(protocol.Describe()).exclusive
 
 
 def test_control_messages_as_bytes(control: EngineControl) -> None:

@@ -109,9 +109,9 @@ def test_strict_admits_nothing_between_hold_and_release(
         late: list[bool] = []
         commit = Transaction._publish
 
-        def slowly(transaction: Transaction, digests: tuple[int, ...] | None) -> float:
+        def slowly(transaction: Transaction, digests: tuple[int, ...] | None, opens: bool) -> float:
             future = ask(PROMPTS[0], 4)
-            skew = commit(transaction, digests)
+            skew = commit(transaction, digests, opens)
             time.sleep(1.0)
             late.append(future.done() or released.is_set())
             waiting.append(future)

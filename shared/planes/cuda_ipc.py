@@ -156,6 +156,7 @@ class CudaMapping:
         """
         to = self._address(offset)
         if to == bucket.data_ptr():  # it was made there
+            self._was_lent = False  # and is whole
             return lambda: True
         with torch.cuda.device(self._gpu):
             stream = ctypes.c_void_p(self._stream.cuda_stream)

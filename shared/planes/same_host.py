@@ -110,7 +110,8 @@ class SameHostSender:
                 return None
             if not first.places and first.is_on_gpu:  # the rank is about to say where
                 self.changed.wait_for(lambda: self._closed or first.gone is not None or first.places, _PLACE_S)
-            found = first.room(num_bytes) if first.places and not self._closed else None
+            there = first.gone is None and first.places and not self._closed
+            found = first.room(num_bytes) if there else None
             self._is_lent = found is not None and found.is_cuda
             return found
 
