@@ -1,10 +1,10 @@
 """A push beside what SGLang has on board: `make bench`, on a CPU, from one trainer process to one server, 2 minutes.
 
-    push           `FP8Sender.push`, over `tcp` and over `gloo`, staged in reserved memory
+    push           `FP8Sender.push`, over `same_host`, `tcp` and `gloo`, staged in reserved memory
     flattened      the same FP8 tensors as one flattened bucket, `/update_weights_from_distributed` over gloo
     BF16 stock     the BF16 tensors one by one on the same route, to a server that serves BF16
 
-Quantizing is part of the first two. Gloo carries no FP8 tensors, so FP8 tensors cannot go one by one here. After the
+Quantizing is part of all but the last. Gloo carries no FP8 tensors, so FP8 tensors cannot go one by one here. After the
 timing every byte that the flattened bucket's server holds is compared with what the push's server holds. The rows are
 the median of `--pushes` after the first.
 """
@@ -62,7 +62,7 @@ def main() -> None:
     models = [make_model(seed, **changes) for seed in (1, 2)]
     num_bytes = sum(p.nbytes for p in models[0].parameters())
     rows: dict[str, tuple[float, float]] = {}
-    planes: tuple[PlaneName, ...] = ("tcp", "gloo")
+    planes: tuple[PlaneName, ...] = ("same_host", "tcp", "gloo")
     with tempfile.TemporaryDirectory() as at:
         folder = Path(at)
         model_folder = str(write_config(folder / "model", **changes))
