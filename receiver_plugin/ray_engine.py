@@ -30,7 +30,6 @@ import ray
 from receiver_plugin.engine import EngineControl, requires_version, start
 from shared.errors import ConfigError
 from shared.protocol import Describe, Reply
-from shared.ray_cluster import CONTROL_GROUP
 
 _MEMORY = ("weights", "kv_cache")
 # Of a torchrun job: SGLang would take its rendezvous for its own, and wait in it for ever.
@@ -55,7 +54,6 @@ class EngineActor:
         os.environ |= environment or {}
         self._engine: EngineControl = start([*args, *(("--load-format", "dummy") if self._restarted else ())])
 
-    @ray.method(concurrency_group=CONTROL_GROUP)
     async def health(self, timeout_s: float = 10.0) -> dict[str, Any]:
         """`state` (FENCED whenever requests are refused), `version`, `fence` (why), `restarted`, and of its process
         `pid`. Asks the schedulers; `error` says why they did not answer. To wait for it is to wait for the engine.
@@ -71,7 +69,6 @@ class EngineActor:
             "pid": os.getpid(),
         }
 
-    @ray.method(concurrency_group=CONTROL_GROUP)
     async def control(self, message: bytes, timeout_s: float) -> bytes:
         """The reply to a control message, both as JSON. An error of ours is part of the reply, never raised."""
         return await self._engine.answer(message, timeout_s)
@@ -93,7 +90,6 @@ class EngineActor:
             part["meta_info"]["fp8sync_versions"] = [versions.start, versions.end]
         return reply
 
-    @ray.method(concurrency_group=CONTROL_GROUP)
     async def release_memory(self, tags: Collection[str] = _MEMORY, timeout_s: float = 60.0) -> None:
         """Once no request runs; with `--enable-memory-saver` the GPU has it back. Requests are refused from here on.
 
@@ -101,7 +97,6 @@ class EngineActor:
         """
         await self._engine.release_memory(tags, timeout_s)
 
-    @ray.method(concurrency_group=CONTROL_GROUP)
     async def resume_memory(self, tags: Collection[str] = _MEMORY, timeout_s: float = 60.0) -> None:
         """Weights hold nothing then: first `("weights",)`, then a push, then `("kv_cache",)` takes the least memory.
 

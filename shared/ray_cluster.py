@@ -39,8 +39,9 @@ from shared.errors import ConfigError, Fp8SyncError, IncompatibleServerError, Pu
 
 logger = logging.getLogger(__name__)
 
-CONTROL_GROUP = "control"  # of an engine's methods that requests must not keep from running
-_MOST_MESSAGES = 64
+# Calls of an engine that run at a time. Ray's 1000 may all be requests that wait for a push to end, and the messages of
+# the push would wait behind them. An actor with async methods has no thread for each.
+_MOST_CALLS = 1 << 16
 _ENVIRONMENT = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
 _SHARE, _PROBE_SHARE = 0.3, 0.01
 
@@ -205,12 +206,8 @@ class Cluster:
         args = [*spec.args, "--tp-size", str(spec.tp_size)]
         gpus = [slot.gpu for slot in slots if slot.gpu]
         options = {**self._options(slots[0]), "max_restarts": restarts, "max_task_retries": 0}
-        # Of the others Ray lets a thousand run at a time, which may all wait for a push to end.
-        actor = (
-            ray.remote(concurrency_groups={CONTROL_GROUP: _MOST_MESSAGES})(kind)
-            .options(**options)
-            .remote(args, gpus, dict(spec.environment))
-        )
+        options["max_concurrency"] = _MOST_CALLS
+        actor = ray.remote(kind).options(**options).remote(args, gpus, dict(spec.environment))
         return EngineAt(actor, f"engine {index} (actor {actor._actor_id.hex()[:12]})", slots[0].node, slots[0].address)
 
     def wait_for_engines(self, timeout_s: float | None = None) -> list[dict[str, Any]]:
