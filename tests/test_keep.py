@@ -209,14 +209,18 @@ def test_a_scheduler_that_cannot_end_them_ends_itself(scheduler: Scheduler, requ
         requests.end_all()
 
 
-@pytest.mark.parametrize("fence", [None, "why"])
-def test_what_comes_to_a_fenced_scheduler_ends(
-    scheduler: Scheduler, requests: RunningRequests, fence: str | None, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("fence", "lacks_memory"), [(None, False), ("why", False), (None, True)])
+def test_what_comes_to_a_scheduler_that_cannot_run_it_ends(
+    scheduler: Scheduler,
+    requests: RunningRequests,
+    fence: str | None,
+    lacks_memory: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(sglang_adapter, "_receiver", SimpleNamespace(fence=fence))
+    monkeypatch.setattr(sglang_adapter, "_receiver", SimpleNamespace(fence=fence, lacks_memory=lacks_memory))
     monkeypatch.setattr(sglang_adapter, "_requests", requests)
     sglang_adapter._enter_queue(Scheduler._add_request_to_queue, scheduler, request(rid="late"), is_retracted=True)
-    assert scheduler.done == (["abort late"] if fence else []) and len(scheduler.waiting_queue) == 1
+    assert scheduler.done == (["abort late"] if fence or lacks_memory else []) and len(scheduler.waiting_queue) == 1
 
 
 # A receiver, its engine with requests under way
