@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import ssl
-import time
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Protocol
 
-import httpx
 from pydantic import BaseModel, ValidationError
 
+from sender.connections import Connections
 from shared.errors import (
     ConfigError,
     IncompatibleServerError,
@@ -19,7 +17,7 @@ from shared.errors import (
     UnauthorizedError,
     error_from_wire,
 )
-from shared.protocol import CONTROL_PATH, MAX_BODY_BYTES, Reply, decode_message
+from shared.protocol import CONTROL_PATH, Reply, decode_message
 
 
 class ControlClient(Protocol):
@@ -40,16 +38,11 @@ class HttpControl:
     """A server by URL, `http://host:port`. `admin_key` is SGLang's `--admin-api-key` (or `--api-key` if only that)."""
 
     def __init__(self, url: str, admin_key: str | None = None, ca_file: str | None = None) -> None:
-        parsed = httpx.URL(url)
-        if parsed.scheme not in ("http", "https") or not parsed.host:
-            raise ConfigError(f"{url!r} is no server URL: give http://host:port")
-        if parsed.path not in ("", "/"):
-            raise ConfigError(f"{url!r} has a path: give http://host:port alone")
-        self.name = url.rstrip("/")
-        headers = {"Accept-Encoding": "identity", **({"Authorization": f"Bearer {admin_key}"} if admin_key else {})}
-        self._host, self._port = parsed.host, parsed.port or (443 if parsed.scheme == "https" else 80)
-        verify = ssl.create_default_context(cafile=ca_file) if parsed.scheme == "https" else True
-        self._client = httpx.Client(base_url=self.name, headers=headers, trust_env=False, verify=verify)
+        if admin_key is not None and not (admin_key.isascii() and admin_key.isprintable()):
+            raise ConfigError("admin_key has characters that no HTTP header can hold")
+        self._connections = Connections(url, ca_file)
+        self.name = self._connections.name
+        self._headers = {"Authorization": f"Bearer {admin_key}"} if admin_key else {}
 
     def __enter__(self) -> HttpControl:
         return self
@@ -60,26 +53,19 @@ class HttpControl:
         self.close()
 
     def call(self, message: BaseModel, timeout_s: float) -> Reply:
-        body, deadline = message.model_dump_json().encode(), time.monotonic() + timeout_s
-        try:
-            with self._client.stream("POST", CONTROL_PATH, content=body, timeout=timeout_s) as response:
-                answer = _body(self.name, response, deadline, timeout_s)
-        except httpx.TimeoutException as error:
-            raise ServerUnreachableError(f"{self.name} did not answer within {timeout_s:.0f} s") from error
-        except (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL, UnicodeError) as error:
-            raise ServerUnreachableError(f"{self.name} cannot be reached: {error}") from error
-        return _read(self.name, response.status_code, answer)
+        body = message.model_dump_json().encode()
+        return _read(self.name, *self._connections.post(CONTROL_PATH, body, self._headers, timeout_s))
 
     def local_host(self) -> str:
         from shared.planes.distributed import local_address_toward
 
         try:
-            return local_address_toward(self._host, self._port)
+            return local_address_toward(self._connections.host, self._connections.port)
         except OSError as error:
             raise ServerUnreachableError(f"{self.name} cannot be resolved: {error}") from error
 
     def close(self) -> None:
-        self._client.close()
+        self._connections.close()
 
 
 class InProcessControl:
@@ -97,18 +83,6 @@ class InProcessControl:
 
     def close(self) -> None:
         """Nothing is held."""
-
-
-def _body(name: str, response: httpx.Response, deadline: float, timeout_s: float) -> bytes:
-    """As it came, not decompressed; httpx itself bounds neither its size nor the time that all of it takes."""
-    answer = bytearray()
-    for part in response.iter_raw():
-        answer += part
-        if len(answer) > MAX_BODY_BYTES:
-            raise PushError(f"{name} answered with more than {MAX_BODY_BYTES} bytes")
-        if time.monotonic() > deadline:
-            raise ServerUnreachableError(f"{name} did not answer whole within {timeout_s:.0f} s")
-    return bytes(answer)
 
 
 def _read(name: str, status: int, answer: bytes) -> Reply:

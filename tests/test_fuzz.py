@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import io
 import json
 import os
 import random
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from http.client import HTTPConnection
 from typing import Any
 
-import httpx
 import pytest
 import torch.distributed as dist
 from hypothesis import HealthCheck, given, settings
@@ -26,7 +27,7 @@ from receiver_plugin.probe import fingerprint
 from sender import FP8Sender
 from sender.control import HttpControl, checked
 from shared import protocol
-from shared.errors import Fp8SyncError, PushError, TransferError
+from shared.errors import Fp8SyncError, PushError, ServerUnreachableError, TransferError
 from shared.planes.links import Links
 from shared.planes.signing import HEADER_BYTES, SignedStore, Signer
 from shared.protocol import CONTROL_PATH, Reply, decode_message
@@ -212,21 +213,71 @@ INFO = Server().receiver.handle(protocol.Describe())
 REPLIES = st.one_of(damaged(INFO, INFO.model_copy(update={"plan_hash": "p", "fence": "why"})), BODIES)
 
 
+class Line(io.RawIOBase):
+    """A socket to a server that answers with these parts, whatever it is told, and then hangs up."""
+
+    def __init__(self, parts: Iterator[bytes]) -> None:
+        self._parts, self._left = parts, b""
+
+    def makefile(self, mode: str, buffering: int) -> Line:
+        return self
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        self._left = self._left or next(self._parts, b"")
+        part, self._left = self._left[: len(buffer)], self._left[len(buffer) :]
+        buffer[: len(part)] = part
+        return len(part)
+
+    def sendall(self, data: bytes) -> None:
+        """Nobody listens."""
+
+    def settimeout(self, seconds: float) -> None:
+        assert seconds > 0
+
+
+def hear(control: HttpControl, parts: Iterator[bytes]) -> None:
+    """The next call of `control` gets these parts as its answer."""
+
+    def connect(timeout: float) -> HTTPConnection:
+        connection = HTTPConnection("server", 1)
+        connection.sock = Line(parts)
+        return connection
+
+    control._connections.close()
+    control._connections._make = connect  # type: ignore[assignment]
+
+
 @tries(200)
 @given(
     REPLIES,
-    st.sampled_from([200, 200, 201, 302, 400, 401, 403, 404, 409, 500, 503, 999]),
+    st.sampled_from([200, 200, 201, 204, 302, 400, 401, 403, 404, 409, 500, 503, 999]),
     st.sampled_from([None, "gzip", "deflate", "br", "nonsense"]),
     st.booleans(),
+    st.sampled_from(["length", "too long", "too short", "chunked", "no chunks", "to the end", "both", "nonsense"]),
+    st.integers(0, 2**32),
 )
-def test_an_answer_is_a_reply_or_an_error_of_ours(body: bytes, status: int, encoding: str | None, zipped: bool) -> None:
-    def answer(request: httpx.Request) -> httpx.Response:
-        headers = {"Location": "http://[bad", "Content-Type": "\xff"}
-        if encoding is not None:
-            headers["Content-Encoding"] = encoding
-        return httpx.Response(status, headers=headers, stream=httpx.ByteStream(gzip.compress(body) if zipped else body))
-
-    CONTROL._client = httpx.Client(base_url="http://server:1", transport=httpx.MockTransport(answer), trust_env=False)
+def test_an_answer_is_a_reply_or_an_error_of_ours(
+    body: bytes, status: int, encoding: str | None, zipped: bool, framing: str, seed: int
+) -> None:
+    dice = random.Random(seed)
+    body = gzip.compress(body) if zipped else body
+    length = {"too long": len(body) + 5, "too short": len(body) // 2, "nonsense": -7}.get(framing, len(body))
+    head = f"HTTP/1.1 {status} Said\r\nLocation: http://[bad\r\nContent-Type: \xff\r\n"
+    head += f"Content-Encoding: {encoding}\r\n" if encoding is not None else ""
+    if framing in ("chunked", "no chunks", "both"):
+        head += "Transfer-Encoding: chunked\r\n"
+    if framing not in ("chunked", "no chunks", "to the end"):
+        head += f"Content-Length: {length}\r\n"
+    if framing == "chunked":
+        body = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+    answer = bytearray(head.encode("latin-1") + b"\r\n" + body)
+    for _ in range(dice.choice([0, 0, 0, 1, 5])):
+        at = dice.randrange(len(answer))
+        answer[at : at + dice.randrange(3)] = dice.randbytes(dice.randrange(1, 3))
+    hear(CONTROL, iter([bytes(answer)]))
     try:
         reply = CONTROL.call(protocol.Describe(), timeout_s=1.0)
     except Fp8SyncError:
@@ -234,23 +285,37 @@ def test_an_answer_is_a_reply_or_an_error_of_ours(body: bytes, status: int, enco
     assert isinstance(reply, Reply) and reply.error is None
 
 
-def test_an_answer_without_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Endless(httpx.SyncByteStream):
-        def __iter__(self) -> Any:
-            while True:
-                time.sleep(pause_s)
-                yield b" " * 1000
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Length: 1000000000\r\n\r\n"
 
+
+def drip(first: bytes, part: bytes, pause_s: float) -> Iterator[bytes]:
+    yield first
+    while True:
+        time.sleep(pause_s)
+        yield part
+
+
+def test_an_answer_without_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     with HttpControl("http://server:1") as control:
-        endless = httpx.MockTransport(lambda request: httpx.Response(200, stream=Endless()))
-        control._client = httpx.Client(base_url="http://server:1", transport=endless)
-        pause_s = 0.05
+        hear(control, drip(HEAD, b" " * 1000, 0.05))
         with pytest.raises(PushError, match="did not answer whole within"):
             control.call(protocol.Describe(), timeout_s=0.2)
-        pause_s = 0.0
-        monkeypatch.setattr("sender.control.MAX_BODY_BYTES", 10_000)
+        hear(control, drip(HEAD[:20], b"X", 0.05))  # nor are its headers waited for any longer
+        with pytest.raises(PushError, match="did not answer within"):
+            control.call(protocol.Describe(), timeout_s=0.2)
+        monkeypatch.setattr("sender.connections.MAX_BODY_BYTES", 10_000)
+        hear(control, drip(HEAD, b" " * 1000, 0.0))
         with pytest.raises(PushError, match="more than 10000 bytes"):
             control.call(protocol.Describe(), timeout_s=30.0)
+
+
+@pytest.mark.parametrize("length", [b"1001", b"5"])
+def test_an_answer_in_part_is_none(length: bytes) -> None:
+    """A commit whose answer was cut off may have happened: that is another error than one that the server reports."""
+    with HttpControl("http://server:1") as control:
+        hear(control, iter([HEAD.replace(b"1000000000", length), b"{"]))
+        with pytest.raises(ServerUnreachableError, match="cannot be reached: IncompleteRead"):
+            control.call(protocol.Describe(), timeout_s=1.0)
 
 
 @tries(8)
