@@ -2,13 +2,14 @@
 
     Commit                          shut, commit, open
     Hold ... Commit ... Release     the same in three messages: with `strict`, no server opens before all have answered
-    Hold, Begin ... Commit, Release     where a push arrives in memory that requests use (`receiver_plugin/rooms.py`)
+    Begin ... Commit, Release       where a push arrives in memory that requests use (`receiver_plugin/rooms.py`): shut
+                                    before its first byte
 
 Requests under way when it shuts end first (`wait`), are put back and start over from their prompt and what they have
 generated (`retract`), or are ended (`abort`). In each case no KV cache of the old weights is left. With `keep` the door
 stays open: the schedulers commit between two batches, and requests go on.
 
-A hold that its sender forgets ends by itself, and one for a push that the schedulers have given up ends soon after it.
+A door that its sender forgets opens by itself; one for a push that the schedulers have given up opens soon after it.
 Before the last kind opens, the schedulers hear of it, so that nothing that was not committed is in the way of requests.
 Nothing here knows SGLang: `Channel.drained` does the work.
 """
@@ -30,7 +31,8 @@ logger = logging.getLogger(__name__)
 
 _DRAIN_POLL_S = 0.01
 _WATCH_S = 0.5
-_BEGIN_S = 60.0  # beyond the time that other servers have to drain
+
+_Shuts = wire.Hold | wire.Begin  # with `shut`
 
 
 class Drains(Protocol):
@@ -51,10 +53,9 @@ class Drains(Protocol):
 
 @dataclass
 class _Held:
-    message: wire.Hold
+    message: _Shuts
     opening: AsyncExitStack
     timer: asyncio.Task[None]
-    begun: bool = False
 
     @property
     def session(self) -> str:
@@ -67,20 +68,24 @@ class _Held:
     @property
     def exclusive(self) -> bool:
         """What arrives uses what requests use."""
-        return self.message.before == "begin"
+        return isinstance(self.message, wire.Begin)
 
 
 @dataclass
 class _Draining:
     """Requests end before `message`. `until` is the deadline of that; none once the message itself is at work."""
 
-    message: wire.Commit | wire.Hold
+    message: wire.Commit | _Shuts
     until: asyncio.Timeout
     given_up: bool = False
 
+    @property
+    def exclusive(self) -> bool:
+        return isinstance(self.message, wire.Begin)
+
     def give_up(self) -> None:
+        self.given_up = True
         if self.until.when() is not None:
-            self.given_up = True
             self.until.reschedule(asyncio.get_running_loop().time())
 
 
@@ -110,19 +115,26 @@ class Door:
 
     @property
     def excludes(self) -> bool:
-        """Whether it is held for a push that no request may run beside."""
-        return self._held is not None and self._held.exclusive
+        """Whether it is held, or being shut, for a push that no request may run beside."""
+        return any(found is not None and found.exclusive for found in (self._held, self._draining))
 
     async def begin(self, message: wire.Begin) -> wire.Reply:
-        if not message.held:
+        """Shut the door first, if the message says so, and keep it shut if the push has begun."""
+        if message.shut is None:
             return await self._ask(message)
-        async with self._committing:
-            held = self._held
-            if held is not None and held.exclusive and self._is_held_for(message.session, message.version):
-                reply = await self._ask(message)
-                held.begun = held.begun or reply.error is None
+        if (refusal := await self._taken()) is not None:
+            return refusal
+        if self._channel.busy:  # no request has to end for a push that cannot begin
+            reply = await self._ask(_could_begin(message))
+            if reply.error is not None:
                 return reply
-        return await self._failed("its door is not held for this version, or no longer; nothing was touched")
+        return await self._shut_and_keep(message, message.shut, lambda deadline: self._begin_idle(message, deadline))
+
+    async def _begin_idle(self, message: wire.Begin, deadline: float) -> wire.Reply:
+        reply = await self._ask_until_idle(message, deadline)
+        if reply.error is not None:  # also where nobody answered: who may have begun gives up before the door opens
+            await self._ask(wire.Release(session=message.session, version=message.version))
+        return reply
 
     async def commit(self, message: wire.Commit) -> wire.Reply:
         """Of several replicas none commits before all have said that they can."""
@@ -159,21 +171,29 @@ class Door:
         if message.in_flight == "keep":
             return await self._pass(message, commit)
         async with AsyncExitStack() as opening:
-            return await self._shut(opening, message, message.in_flight, commit)
+            return await self._shut(opening, message, message.drain_s, message.in_flight, commit)
 
     async def hold(self, message: wire.Hold) -> wire.Reply:
         """Shut the door and keep it shut, if the schedulers say that they could commit."""
+        if (refusal := await self._taken()) is not None:
+            return refusal
+        return await self._shut_and_keep(message, message, lambda deadline: self._prepare_idle(message, deadline))
+
+    async def _taken(self) -> wire.Reply | None:
+        """The refusal, if the door is shut for something else that is still at work."""
         await self._open_if_given_up()
-        if self.coming is not None:
-            return await self._failed(f"its door is shut for version {self.coming} already; nothing was touched")
-        if message.before == "begin" and self._channel.busy:  # no request has to end for a push that cannot begin
-            reply = await self._ask(_could_begin(message))
-            if reply.error is not None:
-                return reply
+        if self.coming is None:
+            return None
+        return await self._failed(f"its door is shut for version {self.coming} already; nothing was touched")
+
+    async def _shut_and_keep(
+        self, message: _Shuts, shut: wire.Shut, then: Callable[[float], Awaitable[wire.Reply]]
+    ) -> wire.Reply:
+        """The reply of `then`, called with the door shut, which stays so unless that is an error."""
         async with AsyncExitStack() as opening:
-            reply = await self._shut(opening, message, message.in_flight, lambda at: self._prepare_idle(message, at))
+            reply = await self._shut(opening, message, shut.drain_s, shut.in_flight, then)
             if reply.error is None:
-                timer = asyncio.create_task(self._end_in_time(message))
+                timer = asyncio.create_task(self._end_in_time(message, shut.hold_s))
                 self._held = _Held(message, opening.pop_all(), timer)
             return reply
 
@@ -208,36 +228,31 @@ class Door:
     def _is_held_for(self, session: str, version: int) -> bool:
         return self._held is not None and (self._held.session, self._held.version) == (session, version)
 
-    async def _end_in_time(self, message: wire.Hold) -> None:
-        why = await self._no_longer_needed(message)
+    async def _end_in_time(self, message: _Shuts, hold_s: float) -> None:
+        why = await self._no_longer_needed(hold_s)
         async with self._committing:
             if (held := self._held) is not None:
                 logger.warning("fp8sync: version %d %s: its door opens", message.version, why)
                 await self._open(held)
 
-    async def _no_longer_needed(self, message: wire.Hold) -> str:
+    async def _no_longer_needed(self, hold_s: float) -> str:
         """Return when the push that the door is held for is dead, or too late; and why."""
-        start = time.monotonic()
-        while (held_s := time.monotonic() - start) < message.hold_s:
-            left_s = message.hold_s - held_s
-            await asyncio.sleep(min(_WATCH_S, left_s))
-            if left_s <= _WATCH_S:
-                break
+        end = time.monotonic() + hold_s
+        while (left_s := end - time.monotonic()) > _WATCH_S:
+            await asyncio.sleep(_WATCH_S)
             async with self._committing:
-                held = self._held
-                if held is None or await self._is_given_up(held.message, held.begun):
+                if self._held is None or await self._is_given_up(self._held.message):
                     return "was given up"
-            if held.exclusive and not held.begun and held_s > message.drain_s + _BEGIN_S:
-                return "was held for and not begun"
-        return f"was held for {message.hold_s:.0f} s and not released"
+        await asyncio.sleep(max(0.0, left_s))
+        return f"was held for {hold_s:.0f} s and not released"
 
-    async def _is_given_up(self, message: wire.Commit | wire.Hold, begun: bool = False) -> bool:
+    async def _is_given_up(self, message: wire.Commit | _Shuts, begun: bool = True) -> bool:
         """Whether the schedulers have let go of what the door is shut for, without having committed it."""
-        exclusive = isinstance(message, wire.Hold) and message.before == "begin"
-        if isinstance(message, wire.Hold) and exclusive and not begun:
+        if isinstance(message, wire.Begin) and not begun:
             reply = await self._ask(_could_begin(message))
             return reply.error is not None and reply.error.kind == "SessionLostError"
         reply = await self._ask(wire.Describe())
+        exclusive = isinstance(message, wire.Begin)
         arrives = exclusive or (isinstance(message, wire.Commit) and message.digests is not None)
         at_work = reply.state in {"STAGED", "PROMISED", *(["RECEIVING"] if arrives else [])}
         if exclusive:
@@ -249,21 +264,22 @@ class Door:
         """A sender that is gone does not keep the next one waiting."""
         async with self._committing:
             held = self._held
-            if held is not None and await self._is_given_up(held.message, held.begun):
+            if held is not None and await self._is_given_up(held.message):
                 held.timer.cancel()
                 await self._open(held)
 
     async def _shut(
         self,
         opening: AsyncExitStack,
-        message: wire.Commit | wire.Hold,
+        message: wire.Commit | _Shuts,
+        drain_s: float,
         in_flight: wire.Drain,
         then: Callable[[float], Awaitable[wire.Reply]],
     ) -> wire.Reply:
         """The reply of `then`, called with the door shut; closing `opening` opens it."""
-        deadline = time.monotonic() + message.drain_s
+        deadline = time.monotonic() + drain_s
         try:
-            async with asyncio.timeout(message.drain_s) as until:
+            async with asyncio.timeout(drain_s) as until:
                 self._draining = _Draining(message, until)
                 watch = asyncio.create_task(self._watch_drain(self._draining))
                 try:
@@ -273,7 +289,7 @@ class Door:
                 until.reschedule(None)  # a commit that was sent is waited for: cut off, nobody knew what it did
                 return await then(deadline)
         except TimeoutError:
-            text = f"requests were still running after {message.drain_s:.0f} s (timeout_s)"
+            text = f"requests were still running after {drain_s:.0f} s (timeout_s)"
             if self._draining is not None and self._draining.given_up:
                 text = "its push was given up while requests were ending"
         except Fp8SyncError as error:
@@ -286,7 +302,7 @@ class Door:
         """New requests do not wait for a push that is dead."""
         while True:
             await asyncio.sleep(_WATCH_S)
-            if await self._is_given_up(draining.message):
+            if await self._is_given_up(draining.message, begun=False):
                 logger.warning("fp8sync: version %d was given up: its door opens", draining.message.version)
                 draining.give_up()
                 return
@@ -313,6 +329,8 @@ class Door:
     async def _ask_until_idle(self, message: Any, deadline: float) -> wire.Reply:
         reply = await self._ask(message)
         while _still_running(reply) and time.monotonic() < deadline:
+            if self._draining is not None and self._draining.given_up:
+                break
             await asyncio.sleep(_DRAIN_POLL_S)
             reply = await self._ask(message)
         return reply
@@ -322,16 +340,15 @@ class Door:
         return (await self._ask(wire.Describe())).model_copy(update={"error": error, "info": None})
 
 
-def _could_begin(message: wire.Hold) -> wire.Prepare:
-    return _prepare(message).model_copy(update={"idle": False})
+def _could_begin(message: wire.Begin) -> wire.Prepare:
+    return wire.Prepare(session=message.session, version=message.version, before="begin", idle=False)
 
 
 def _prepare(message: wire.Commit | wire.Hold) -> wire.Prepare:
     prepare = wire.Prepare(session=message.session, version=message.version, in_flight=message.in_flight)
     if isinstance(message, wire.Commit):
         return prepare
-    more = {"hold_s": message.hold_s, "before": message.before, "promise": message.promise}
-    return prepare.model_copy(update=more)
+    return prepare.model_copy(update={"hold_s": message.hold_s, "promise": message.promise})
 
 
 def _still_running(reply: wire.Reply) -> bool:

@@ -202,7 +202,9 @@ class Control:
             return self._no_answer(message, error)
         except BaseException:
             # Cut off: nothing is served before the schedulers said what they did.
-            if isinstance(message, wire.Commit) or (isinstance(message, wire.Release) and self._door.excludes):
+            if isinstance(message, wire.Commit) or (
+                isinstance(message, wire.Begin | wire.Release) and self._door.excludes
+            ):
                 self._known, self._fence = False, f"the {message.kind} of version {message.version} was cut off"
             raise
         if reply.version != self._published:  # also where the answer to the commit itself was lost

@@ -185,8 +185,8 @@ class Receiver:
 
     def _begin(self, message: wire.Begin) -> dict[str, Any]:
         session = self._sessions.of(message.session)
-        if session.exclusive and not message.held:
-            raise CommitError(f"its staging is {session.way}, so that its door must be held first; nothing was touched")
+        if session.exclusive and message.shut is None:
+            raise CommitError(f"its staging is {session.way}, so that its door must be shut first; nothing was touched")
         self._prepare_to_begin(session, message.version, idle=True, look=session.exclusive)
         try:
             collect(self._ranks, lambda: self._make_room(session))
@@ -241,8 +241,8 @@ class Receiver:
     def _prepare(self, message: wire.Prepare | wire.Hold) -> dict[str, Any]:
         session = self._sessions.of(message.session)
         idle = message.idle if isinstance(message, wire.Prepare) else True
-        if message.before == "begin":
-            self._prepare_to_begin(session, message.version, idle, look=not idle)  # Begin looks, with the door shut
+        if isinstance(message, wire.Prepare) and message.before == "begin":
+            self._prepare_to_begin(session, message.version, idle, look=True)
             return {}
         transfer = session.transfer_of(message.version)
         self._check_staged(transfer)

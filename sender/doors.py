@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Literal
 
 from sender.servers import Failed, Servers
 from shared import protocol as wire
@@ -27,25 +26,24 @@ class Doors:
         """The servers whose doors may be shut."""
         return set(self._shut_since)
 
-    def hold(
-        self, names: Sequence[str], session: str, version: int, before: Literal["begin", "commit"], promise: bool
-    ) -> Failed:
+    def shut_to_begin(self, names: Sequence[str]) -> wire.Shut:
+        """What the `Begin` of `names` says of their doors."""
+        self._shut_since |= dict.fromkeys(names, time.monotonic())
+        return self._shut(arriving_s=2 * self._timeout_s)
+
+    def hold(self, names: Sequence[str], session: str, version: int, promise: bool) -> Failed:
         """Drain `names` and keep their doors shut until the release. `promise`: as that of `Prepare`."""
-        assert self._in_flight != "keep"  # `FP8Sender` refuses it
-        arriving_s = 2 * self._timeout_s if before == "begin" else 0.0
-        hold_s = arriving_s + self.drained_s + 2 * self._servers.answer_s  # others may need it all
-        hold = wire.Hold(
-            session=session,
-            version=version,
-            drain_s=self._timeout_s,
-            hold_s=min(hold_s, wire.LONGEST_DEADLINE_S),
-            in_flight=self._in_flight,
-            before=before,
-            promise=promise,
-        )
+        shut = self._shut(arriving_s=0.0).model_dump()
+        hold = wire.Hold(session=session, version=version, promise=promise, **shut)
         self._shut_since |= dict.fromkeys(names, time.monotonic())
         _, failed = self._servers.try_each(hold, self.drained_s, names=names)
         return failed
+
+    def _shut(self, arriving_s: float) -> wire.Shut:
+        assert self._in_flight != "keep"  # `FP8Sender` refuses it
+        hold_s = arriving_s + self.drained_s + 2 * self._servers.answer_s  # others may need it all
+        hold_s = min(hold_s, wire.LONGEST_DEADLINE_S)
+        return wire.Shut(drain_s=self._timeout_s, hold_s=hold_s, in_flight=self._in_flight)
 
     def release(self, session: str, version: int) -> None:
         if self._shut_since:

@@ -158,19 +158,23 @@ class Fleet:
 
     # Once
 
-    def survey(self, ask: bool = True) -> tuple[bool, int]:
+    def survey(self, ask: bool = True, begin: int | None = None) -> tuple[bool, int]:
         """Whether the servers are still those of the open session, and the newest version seen on any of them.
 
-        `ask`: unless `begin_early` did. If not, a session that is open counts as theirs, and `begin` finds out.
+        `begin`: the version that is to begin if they are. `begin_early` has begun it, or it does now: whoever begins
+        has been asked. `ask`: else; if not, a session that is open counts as theirs, and `begin` finds out.
         """
         early, self._early = self._early, None
         lost = None
-        if early is not None:
-            try:
+        try:
+            if early is not None:
                 early.result()
                 return True, self._newest
-            except (SessionLostError, ServerUnreachableError) as error:
-                lost = error  # a server that has started again is a new one, and no loss
+            if begin is not None and self.is_open:
+                self.begin(begin)
+                return True, self._newest
+        except (SessionLostError, ServerUnreachableError) as error:
+            lost = error  # a server that has started again is a new one, and no loss
         self._forget_push()
         if not ask and self.is_open:
             return True, self._newest
@@ -298,11 +302,12 @@ class Fleet:
         self._version, self._digests = version, {}
         self.half.begin(version)
         self._doors.begin()
-        held = [name for name in self.names if self.staging[name] != "reserved"]
-        if held and (failed := self._doors.hold(held, self._session, version, "begin", promise=False)):
-            raise next(iter(failed.values()))
         begin = wire.Begin(session=self._session, version=version, deadline_s=self._timeout_s)
-        replies = self._servers.each_its_own([begin.model_copy(update={"held": name in held}) for name in self.names])
+        begins, wait_s = dict.fromkeys(self.names, begin), self._servers.answer_s
+        if exclusive := [name for name in self.names if self.staging[name] != "reserved"]:
+            shut, wait_s = self._doors.shut_to_begin(exclusive), self._doors.drained_s
+            begins |= {name: begin.model_copy(update={"shut": shut}) for name in exclusive}
+        replies = self._servers.each_its_own(list(begins.values()), wait_s)
         self.staging |= {name: reply.staging for name, reply in replies.items() if reply.staging}
         self._begun = True
 

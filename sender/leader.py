@@ -32,19 +32,24 @@ class Leader:
         self._fleet, self._holder, self._sending, self._bucket_bytes = fleet, holder, sending, bucket_bytes
         self._turns, self._keeper = turns, keeper
         self._newest = self._version = 0
+        self._wanted: int | None = None  # the version that is to begin as soon as it is known that the plan holds
         self._skew_s = 0.0
 
     def begin_early(self, version: int | None) -> None:
-        """Servers that are known hear of the push while the model is looked at."""
+        """Servers that are known hear of the push while the model is looked at, or, where requests have to end for it,
+        right after that: `plan`."""
         self._turns.begin_push()
         self._keeper.begin()
-        self._fleet.begin_early(self._fleet.newest + 1 if version is None else version)
+        self._wanted = self._fleet.newest + 1 if version is None else version
+        self._fleet.begin_early(self._wanted)
 
     def plan(self, source: WeightSource, planned: PushPlan | None, ask: bool) -> str:
         """The plan as text, "" if `planned` still holds. `ask`: the servers; else `begin` finds out whether it does."""
         self._turns.begin_push()
-        still_open, self._newest = self._fleet.survey(ask)
-        if planned is not None and still_open and planned.offered == source.tensors:
+        holds = planned is not None and planned.offered == source.tensors
+        wanted, self._wanted = self._wanted, None
+        still_open, self._newest = self._fleet.survey(ask, begin=wanted if holds else None)
+        if still_open and holds:
             return ""
         self._holder.forget()
         plan = self._fleet.plan if self._sending.is_rank_0 else self._fleet.offer  # all ranks take part in opening

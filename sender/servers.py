@@ -107,8 +107,9 @@ class Servers:
         """Raises: the first error."""
         return self.each_its_own([message] * len(self))
 
-    def each_its_own(self, messages: Sequence[BaseModel]) -> dict[str, wire.Reply]:
-        replies, failed = self.try_each(messages, self.answer_s)
+    def each_its_own(self, messages: Sequence[BaseModel], timeout_s: float | None = None) -> dict[str, wire.Reply]:
+        """`timeout_s`: None: `answer_s`. Raises: the first error."""
+        replies, failed = self.try_each(messages, self.answer_s if timeout_s is None else timeout_s)
         if failed:
             raise next(iter(failed.values()))
         return replies

@@ -65,7 +65,7 @@ class Transaction:
         several, failed = len(self._servers) > 1, Failed()
         to_hold = [name for name in self._servers.names if self._strict and name not in self._doors.shut]
         if to_hold:
-            failed |= self._doors.hold(to_hold, self._session, self._version, "commit", promise=several)
+            failed |= self._doors.hold(to_hold, self._session, self._version, promise=several)
         others = [name for name in self._servers.names if name not in to_hold]
         if several and others:
             promise = wire.Prepare(

@@ -5,14 +5,14 @@ Order of messages in the life of a sender (S = sender, rank 0 of the trainer; R 
     once          S -> R  Describe            what are you, where, which version do you serve
                   S -> R  Offer               these are my tensors; R traces its model and answers with a manifest
                   S -> R  Open                join the data planes of all who send; R answers with its way of staging
-    every push   (S -> R  Hold                where R stages in memory that requests use: let none run until Release)
-                  S -> R  Begin               version v comes now (R receives in the background)
+    every push    S -> R  Begin               version v comes now (R receives in the background; where it stages in
+                                              memory that requests use, none runs from here until Release)
                   S => R  flat uint8 buckets  on the data planes in turn, each with its digest ahead of it
                   S -> R  Verify              these are the digests; R compares and is STAGED
                   S -> R  Prepare             several servers: promise to commit v or to be fenced, unless I say Abort
-                 (S -> R  Hold                with strict in its place, unless held: let no request run until Release)
+                 (S -> R  Hold                with strict in its place, unless shut: let no request run until Release)
                   S -> R  Commit              copy in place, publish v
-                 (S -> R  Release             where held: every server has answered its Commit, go on)
+                 (S -> R  Release             where shut: every server has answered its Commit, go on)
                   S -> R  Abort               instead of Verify or Commit: forget v
     at the end    S -> R  Close
 
@@ -30,7 +30,7 @@ from pydantic import Field, TypeAdapter, ValidationError, model_validator
 from shared.config import MOST_TENSORS, FP8BlockConfig, Name, WireModel
 from shared.errors import ConfigError, IncompatibleServerError
 
-PROTOCOL_VERSION = 6
+PROTOCOL_VERSION = 7
 MIN_SGLANG_VERSION = "0.5.16"
 CONTROL_PATH, INFO_PATH = "/fp8sync/control", "/fp8sync/info"
 LONGEST_DEADLINE_S = 24 * 3600.0
@@ -141,14 +141,23 @@ class Open(WireModel):
         return self.rendezvous[0].first_rank
 
 
+class Shut(WireModel):
+    """A door that is shut: requests end within `drain_s`, by `in_flight`; none is admitted after that, until Release, a
+    Commit that opens, or the end of the push, and for `hold_s` at most."""
+
+    drain_s: Seconds
+    hold_s: Seconds
+    in_flight: Drain
+
+
 class Begin(WireModel):
-    """`held`: a Hold went before, so that no request runs; servers that do not stage in `reserved` memory demand it."""
+    """`shut`: first, and if the push can begin; servers that do not stage in `reserved` memory demand it."""
 
     kind: Literal["begin"] = "begin"
     session: Word
     version: Version
     deadline_s: Seconds
-    held: bool = False
+    shut: Shut | None = None
 
 
 class Verify(WireModel):
@@ -159,7 +168,7 @@ class Verify(WireModel):
 
 
 class Commit(WireModel):
-    """`held`: a Hold went before, so that no request runs already; without it the commit drains by `in_flight`.
+    """`held`: the door is shut, by Hold or Begin, so that no request runs; else the commit drains by `in_flight`.
 
     `opens`: if it succeeds it is the Release, too. `digests`: as of a Verify that did not go before.
     """
@@ -174,19 +183,12 @@ class Commit(WireModel):
     digests: Digests | None = None
 
 
-class Hold(WireModel):
-    """Drain within `drain_s`, say whether `before` would succeed, and admit nothing until Release or for `hold_s`.
-
-    `promise`: as that of `Prepare`.
-    """
+class Hold(Shut):
+    """Shut the door before a Commit, if that would succeed. `promise`: as that of `Prepare`."""
 
     kind: Literal["hold"] = "hold"
     session: Word
     version: Version
-    drain_s: Seconds
-    hold_s: Seconds
-    in_flight: Drain
-    before: Literal["begin", "commit"] = "commit"
     promise: bool = False
 
 

@@ -20,7 +20,9 @@ MESSAGES: tuple[BaseModel, ...] = (
     protocol.Open(
         sender="who", session="s", incarnation="i", plan_hash="p", bucket_bytes=1 << 20, rendezvous=(RENDEZVOUS,)
     ),
-    protocol.Begin(session="s", version=1, deadline_s=1.0),
+    protocol.Begin(
+        session="s", version=1, deadline_s=1.0, shut=protocol.Shut(drain_s=0.1, hold_s=0.2, in_flight="wait")
+    ),
     protocol.Verify(session="s", version=1, digests=(1, 2)),
     protocol.Prepare(session="s", version=1),
     protocol.Hold(session="s", version=1, drain_s=0.1, hold_s=0.2, in_flight="wait"),

@@ -285,8 +285,14 @@ def test_a_cancelled_commit_opens_the_door() -> None:
 
 # ---- held from before the first byte: what arrives uses what requests use
 
-EARLY = HOLD.model_copy(update={"before": "begin"})
-BEGIN = protocol.Begin(session="s", version=4, deadline_s=5.0, held=True)
+EARLY = protocol.Begin(
+    session="s", version=4, deadline_s=5.0, shut=protocol.Shut(drain_s=5.0, hold_s=5.0, in_flight="wait")
+)
+
+
+def shut_for(**changes: Any) -> protocol.Begin:
+    assert EARLY.shut is not None
+    return EARLY.model_copy(update={"shut": EARLY.shut.model_copy(update=changes)})
 
 
 class Receiving(Schedulers):
@@ -295,12 +301,21 @@ class Receiving(Schedulers):
     def __init__(self) -> None:
         super().__init__()
         self.exclusive, self.version, self.gone = False, 3, False
+        self.running = 0  # times that Begin finds a request that is still at work
+        self.silent = False  # nobody answers Begin, though it was heard
 
     async def ask(self, message: Any) -> protocol.Reply:
         reply = await super().ask(message)
+        if message.kind == "begin" and self.running > 0:
+            self.running -= 1
+            busy = protocol.WireError(kind="ServerBusyError", message="requests are still running")
+            return reply.model_copy(update={"error": busy})
         if reply.error is None and message.kind in ("begin", "commit", "release"):
             self.exclusive = message.kind == "begin"
             self.version = 4 if message.kind == "commit" else self.version
+        if message.kind == "begin" and self.silent:
+            error = protocol.WireError(kind="ServerUnreachableError", message="no answer")
+            return reply.model_copy(update={"error": error})
         return reply.model_copy(update={"exclusive": self.exclusive, "version": self.version})
 
     def heard(self) -> list[str]:
@@ -320,8 +335,7 @@ def run_early(steps: Callable[[Receiving], Awaitable[Any]], monkeypatch: pytest.
 def test_the_schedulers_hear_of_it_before_the_door_opens(monkeypatch: pytest.MonkeyPatch) -> None:
     async def steps(schedulers: Receiving) -> None:
         door, schedulers.busy = schedulers.door, True
-        assert (await door.hold(EARLY)).error is None and door.excludes
-        assert (await door.begin(BEGIN)).exclusive
+        assert (await door.begin(EARLY)).exclusive and door.excludes
         await asyncio.sleep(0.1)
         assert (await door.commit(HELD)).error is None
         await asyncio.sleep(0.1)  # strict: others may still commit
@@ -330,7 +344,7 @@ def test_the_schedulers_hear_of_it_before_the_door_opens(monkeypatch: pytest.Mon
         assert not door.excludes
 
     _, events = run_early(steps, monkeypatch)
-    assert events == ["prepare", "shut (wait)", "prepare", "begin", "commit", "release", "open"]
+    assert events == ["prepare", "shut (wait)", "begin", "commit", "release", "open"]
 
 
 def test_a_push_that_is_gone_opens_the_door_also_while_memory_is_released(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -346,8 +360,7 @@ def test_a_push_that_is_gone_opens_the_door_also_while_memory_is_released(monkey
             )
 
         schedulers.door._ask = released
-        assert (await schedulers.door.hold(EARLY)).error is None
-        await schedulers.door.begin(BEGIN)
+        assert (await schedulers.door.begin(EARLY)).error is None
         await asyncio.sleep(0.1)
         assert schedulers.door.excludes, "it is at work"
         schedulers.gone = True
@@ -360,8 +373,7 @@ def test_a_push_that_is_gone_opens_the_door_also_while_memory_is_released(monkey
 def test_a_commit_opens_the_door_if_it_is_to_and_succeeds(monkeypatch: pytest.MonkeyPatch) -> None:
     async def steps(schedulers: Receiving) -> None:
         door, last = schedulers.door, HELD.model_copy(update={"opens": True})
-        assert (await door.hold(EARLY)).error is None
-        await door.begin(BEGIN)
+        assert (await door.begin(EARLY)).error is None
         schedulers.refused["commit"] = "TransferError"
         assert (await door.commit(last)).error is not None and door.excludes
         schedulers.refused.clear()
@@ -369,26 +381,66 @@ def test_a_commit_opens_the_door_if_it_is_to_and_succeeds(monkeypatch: pytest.Mo
         assert (door.excludes, door.coming) == (False, None)
 
     _, events = run_early(steps, monkeypatch)
-    assert events == ["shut (wait)", "prepare", "begin", "commit", "commit", "open"], "nothing ran, nobody asked first"
+    assert events == ["shut (wait)", "begin", "commit", "commit", "open"], "nothing ran, nobody asked first"
 
 
-@pytest.mark.parametrize("hold", [None, HOLD, EARLY.model_copy(update={"version": 5})])
-def test_a_push_does_not_begin_behind_an_open_door(hold: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("other", [HOLD, EARLY])
+def test_a_push_does_not_begin_while_the_door_is_shut_for_another(other: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     async def steps(schedulers: Receiving) -> protocol.Reply:
-        if hold is not None:
-            await schedulers.door.hold(hold)
-        reply = await schedulers.door.begin(BEGIN)
-        await schedulers.door.release("s")
+        door, found = schedulers.door, other.model_copy(update={"version": 5})
+        assert (await (door.begin(found) if other is EARLY else door.hold(found))).error is None
+        schedulers.events.clear()
+        reply = await door.begin(EARLY)
+        assert door.coming == 5
+        await door.release("s")
         return reply
 
     reply, events = run_early(steps, monkeypatch)
     assert reply.error is not None and "nothing was touched" in reply.error.message and "begin" not in events
 
 
+def test_a_push_begins_when_the_last_request_has_left_the_schedulers(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def steps(schedulers: Receiving) -> None:
+        schedulers.running = 2
+        assert (await schedulers.door.begin(EARLY)).error is None and schedulers.door.excludes
+        await schedulers.door.release("s")
+
+    events = run_early(steps, monkeypatch)[1]
+    assert events == ["shut (wait)", "begin", "begin", "begin", "release", "open"]
+
+
+@pytest.mark.parametrize("why", ["silent", "refused", "running"])
+def test_the_door_opens_again_if_the_push_cannot_begin(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not before the schedulers have let go of it: where their answer was lost, they may have begun."""
+
+    async def steps(schedulers: Receiving) -> None:
+        schedulers.silent, schedulers.running = why == "silent", 10_000 if why == "running" else 0
+        if why == "refused":
+            schedulers.refused["begin"] = "PlanError"
+        reply = await schedulers.door.begin(shut_for(drain_s=0.05))
+        assert reply.error is not None and not schedulers.exclusive
+        assert not schedulers.door.excludes and schedulers.door.coming is None
+
+    events = run_early(steps, monkeypatch)[1]
+    assert events[0] == "shut (wait)" and events[-3:] == ["begin", "release", "open"]
+
+
+def test_requests_do_not_wait_for_a_push_that_was_given_up_as_it_began(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def steps(schedulers: Receiving) -> None:
+        schedulers.running = 10_000
+        beginning = asyncio.create_task(schedulers.door.begin(EARLY))
+        await asyncio.sleep(0.05)
+        assert schedulers.door.excludes
+        await schedulers.door.release("s")
+        reply = await asyncio.wait_for(beginning, 1.0)
+        assert reply.error is not None and schedulers.door.coming is None
+
+    assert run_early(steps, monkeypatch)[1][-2:] == ["release", "open"]
+
+
 def test_the_door_opens_when_the_schedulers_have_given_the_push_up(monkeypatch: pytest.MonkeyPatch) -> None:
     async def steps(schedulers: Receiving) -> None:
-        await schedulers.door.hold(EARLY)
-        await schedulers.door.begin(BEGIN)
+        await schedulers.door.begin(EARLY)
         await asyncio.sleep(0.1)
         assert schedulers.door.excludes
         schedulers.exclusive = False  # its sender is dead
@@ -398,21 +450,9 @@ def test_the_door_opens_when_the_schedulers_have_given_the_push_up(monkeypatch: 
     assert run_early(steps, monkeypatch)[1][-2:] == ["release", "open"]
 
 
-def test_a_push_that_never_begins_opens_the_door(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(door_module, "_BEGIN_S", 0.0)
-
-    async def steps(schedulers: Receiving) -> None:
-        await schedulers.door.hold(EARLY.model_copy(update={"drain_s": 0.1}))
-        await asyncio.sleep(0.3)
-        assert not schedulers.door.excludes
-
-    assert run_early(steps, monkeypatch)[1][-2:] == ["release", "open"]
-
-
 def test_a_push_that_never_ends_is_given_up_before_the_door_opens(monkeypatch: pytest.MonkeyPatch) -> None:
     async def steps(schedulers: Receiving) -> None:
-        await schedulers.door.hold(EARLY.model_copy(update={"hold_s": 0.15}))
-        await schedulers.door.begin(BEGIN)
+        await schedulers.door.begin(shut_for(hold_s=0.15))
         await asyncio.sleep(0.4)
         assert not schedulers.door.excludes and not schedulers.exclusive
 
@@ -423,13 +463,12 @@ def test_a_sender_that_is_gone_does_not_keep_the_next_one_waiting(monkeypatch: p
     async def steps(schedulers: Receiving) -> None:
         monkeypatch.setattr(door_module, "_WATCH_S", 60.0)
         schedulers.busy = True
-        await schedulers.door.hold(EARLY)
-        await schedulers.door.begin(BEGIN)
+        await schedulers.door.begin(EARLY)
         other = EARLY.model_copy(update={"session": "t", "version": 5})
-        assert (await schedulers.door.hold(other)).error is not None  # it is still at work
+        assert (await schedulers.door.begin(other)).error is not None  # it is still at work
         schedulers.exclusive = False
-        assert (await schedulers.door.hold(other)).error is None
+        assert (await schedulers.door.begin(other)).error is None
         await schedulers.door.release("t")
 
     events = run_early(steps, monkeypatch)[1]
-    assert events[3:] == ["begin", "release", "open", "prepare", "shut (wait)", "prepare", "release", "open"]
+    assert events[2:] == ["begin", "release", "open", "prepare", "shut (wait)", "begin", "release", "open"]

@@ -103,7 +103,8 @@ def test_the_next_sender_finds_a_strict_hold_that_was_given_up(message: Any, mon
         monkeypatch.setattr(door_module, "_WATCH_S", 60.0)
         await schedulers.door.hold(HOLD)
         other = message.model_copy(update={"session": "t", "version": 5})
-        call = schedulers.door.commit if message is COMMIT else schedulers.door.hold
+        door = schedulers.door
+        call = door.commit if message is COMMIT else door.begin if message is EARLY else door.hold
         assert (await call(other)).error is not None, "it is still at work"
         schedulers.reply = {"state": "SERVING"}
         assert (await call(other)).error is None
@@ -112,26 +113,29 @@ def test_the_next_sender_finds_a_strict_hold_that_was_given_up(message: Any, mon
     run(steps, monkeypatch)
 
 
-# ---- holds that are not begun
+# ---- pushes for which requests have to end before they begin
 
 
 @pytest.mark.parametrize(
     ("kind", "opens"), [("SessionLostError", True), ("ServerBusyError", False), ("PushError", False), (None, False)]
 )
-def test_a_hold_whose_session_is_gone_before_its_begin(
+def test_requests_end_for_a_push_whose_session_is_gone(
     kind: str | None, opens: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """New ones do not wait any longer; while the push is there, they do."""
+
     async def steps(schedulers: Watched) -> None:
-        assert (await schedulers.door.hold(EARLY)).error is None
-        schedulers.asked.clear()
+        schedulers.drain_s = 2 * WAIT_S
+        beginning = asyncio.create_task(schedulers.door.begin(EARLY))
+        await asyncio.sleep(0)
         if kind is not None:
             schedulers.refused["prepare"] = kind
         await asyncio.sleep(WAIT_S)
-        assert schedulers.door.excludes != opens
+        assert beginning.done() == opens
         looks = [message for message in schedulers.asked if message.kind == "prepare"]
         assert looks and all(look.before == "begin" and not look.idle and not look.promise for look in looks)
-        if opens:
-            assert schedulers.events[-2:] == ["release", "open"]
+        reply = await beginning
+        assert (reply.error is not None) == opens and ("begin" in schedulers.events) == (not opens)
         await schedulers.door.release("s")
 
     run(steps, monkeypatch)
@@ -141,7 +145,7 @@ def test_a_hold_whose_session_is_gone_before_its_begin(
 def test_no_request_has_to_end_for_a_push_that_cannot_begin(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     async def steps(schedulers: Watched) -> None:
         schedulers.refused["prepare"], schedulers.busy = kind, True
-        reply = await schedulers.door.hold(EARLY)
+        reply = await schedulers.door.begin(EARLY)
         assert reply.error is not None and reply.error.kind == kind
         assert schedulers.events == ["prepare"], "the door was shut"
         assert not schedulers.asked[0].idle, "requests may run while it is asked"
@@ -225,9 +229,7 @@ def test_a_replica_whose_requests_still_end_is_waited_for_before_any_promise() -
             server.engines[1].idle = len(asked) > 4
 
     server.on_message = on_message
-    hold = protocol.Hold(
-        session=session, version=1, drain_s=5.0, hold_s=5.0, in_flight="wait", promise=True, before="commit"
-    )
+    hold = protocol.Hold(session=session, version=1, drain_s=5.0, hold_s=5.0, in_flight="wait", promise=True)
     with ExitStack() as stack:
         stack.enter_context(server._http)  # one event loop, so that the door stays held
         reply = server.send(hold)

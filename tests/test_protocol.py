@@ -24,7 +24,7 @@ from shared.protocol import (
 )
 
 # Golden bytes. To change one of these literals is to raise PROTOCOL_VERSION.
-GOLDEN_VERSION = 6
+GOLDEN_VERSION = 7
 
 OFFER = Offer(
     config=FP8BlockConfig(scale_fmt="ue8m0", modules_to_not_convert=("lm_head",)),
@@ -34,7 +34,7 @@ OFFER = Offer(
     ),
 )
 OFFER_BYTES = (
-    b'{"kind":"offer","protocol":6,"config":{"block_size":[128,128],"dtype":"float8_e4m3fn","scale_fmt":"ue8m0",'
+    b'{"kind":"offer","protocol":7,"config":{"block_size":[128,128],"dtype":"float8_e4m3fn","scale_fmt":"ue8m0",'
     b'"zero_scale":"one","modules_to_not_convert":["lm_head"]},"tensors":[{"name":"a.weight","shape":[130,64],'
     b'"dtype":"bfloat16"},{"name":"norm.weight","shape":[64],"dtype":"float16"}]}'
 )
@@ -93,10 +93,11 @@ FIELDS = {
     "Describe": "kind protocol",
     "Offer": "kind protocol config tensors",
     "Open": "kind sender session incarnation plan_hash bucket_bytes staging rendezvous",
-    "Begin": "kind session version deadline_s held",
+    "Begin": "kind session version deadline_s shut",
+    "Shut": "drain_s hold_s in_flight",
     "Verify": "kind session version digests",
     "Prepare": "kind session version hold_s before in_flight idle promise",
-    "Hold": "kind session version drain_s hold_s in_flight before promise",
+    "Hold": "drain_s hold_s in_flight kind session version promise",
     "Commit": "kind session version drain_s in_flight held opens digests",
     "Release": "kind session version",
     "Abort": "kind session version reason fence",
@@ -165,7 +166,7 @@ def test_messages_decode_to_what_they_were() -> None:
     ],
 )
 def test_what_is_no_message_is_refused(data: bytes) -> None:
-    with pytest.raises(errors.ConfigError, match="not a control message of protocol 6"):
+    with pytest.raises(errors.ConfigError, match="not a control message of protocol 7"):
         decode_message(data)
 
 
@@ -232,7 +233,7 @@ def test_an_error_does_not_repeat_what_was_given() -> None:
 
 @pytest.mark.parametrize("data", [changed(OFFER_BYTES, protocol=1), b'{"kind":"describe","protocol":0}'])
 def test_another_protocol_version_is_named(data: bytes) -> None:
-    with pytest.raises(errors.IncompatibleServerError, match=r"speaks protocol \d, this server 6"):
+    with pytest.raises(errors.IncompatibleServerError, match=r"speaks protocol \d, this server 7"):
         decode_message(data)
 
 

@@ -63,9 +63,9 @@ class Rig:
         busy = session is None or session.transfer is not None
         self._version += 0 if busy else 1
         self.arrived = self.arrived and busy
-        self._tell(
-            protocol.Begin(session=self._session, version=max(self._version, VERSION), deadline_s=30.0, held=True)
-        )
+        shut = protocol.Shut(drain_s=5.0, hold_s=60.0, in_flight="wait")
+        version = max(self._version, VERSION)
+        self._tell(protocol.Begin(session=self._session, version=version, deadline_s=30.0, shut=shut))
 
     def bytes_arrive(self) -> None:
         session = self.server.receiver._session

@@ -58,8 +58,8 @@ def test_no_door_opens_before_the_abort_that_it_waits_for(held: tuple[Held, Held
         with pytest.raises(errors.CommitError, match="not now"):
             sender.push(Trainer(seed=2))
         for server in held:
-            heard = [kind for kind in server.events if kind in ("hold", "prepare", "commit", "abort", "release")]
-            assert heard[:3] == ["hold", "prepare", "abort"], "the door was open before it heard Abort"
+            heard = [kind for kind in server.events if kind in ("begin", "prepare", "commit", "abort", "release")]
+            assert heard[:3] == ["begin", "prepare", "abort"], "the door was open before it heard Abort"
             assert server.describe().state == "SERVING" and server.describe().fence is None
             assert server.serves() == 1 and server.held() == [expected(Trainer(seed=1))] * 2
             assert not server.control.excludes and server.control.coming is None

@@ -93,7 +93,7 @@ def test_the_door_is_shut_before_the_first_byte_and_opens_after_the_commit(exclu
     with made(server) as sender:
         sender.push(Trainer())
         order = push_kinds(server.kinds)
-    assert order == ["hold", "begin", "commit"], "a single server is released by its commit"
+    assert order == ["begin", "commit"], "a single server is shut by one and released by the other"
 
 
 def test_reserved_memory_needs_no_hold() -> None:
@@ -107,19 +107,21 @@ def test_strict_adds_nothing_where_the_door_is_shut_already() -> None:
     servers = Watched("in_place", "a"), Watched("reserved", "b")
     with made(*servers, strict=True) as sender:
         report = sender.push(Trainer())
-    assert [server.kinds.count("hold") for server in servers] == [1, 1]
-    assert [server.kinds.index("hold") < server.kinds.index("begin") for server in servers] == [True, False]
+    assert [server.kinds.count("hold") for server in servers] == [0, 1]
+    assert servers[1].kinds.index("begin") < servers[1].kinds.index("hold")
     assert all(server.kinds.count("release") == 1 for server in servers)
     assert set(report.stood_still_s) == {"a", "b"}
 
 
 def test_servers_of_different_ways_in_one_push() -> None:
-    servers, model = [Watched(way, way) for way in WAYS], Trainer(seed=3)
+    servers, model, begun = [Watched(way, way) for way in WAYS], Trainer(seed=3), list[bool]()
+    for server in servers:
+        server.on_message = lambda m: begun.append(m.shut is not None) if isinstance(m, protocol.Begin) else None
     with made(*servers) as sender:
         report = sender.push(model)
     assert report.staging == {way: way for way in WAYS}
     assert all(fingerprint(server.model) == expected(model) for server in servers)
-    assert [server.kinds.count("hold") for server in servers] == [0, 1, 1]
+    assert sorted(begun) == [False, True, True] and not any("hold" in server.kinds for server in servers)
 
 
 @pytest.mark.parametrize("forced", WAYS)
@@ -228,7 +230,7 @@ def test_requests_that_do_not_end(pushed: Pushed, way: StagingWay) -> None:
     before, server.engine.idle = fingerprint(server.model), False
     with pytest.raises(errors.ServerBusyError, match="still running"):
         sender.push(Trainer(seed=2))
-    assert server.kinds.count("begin") == (2 if way == "reserved" else 1)
+    assert server.kinds.count("begin") == 2
     ends_old(server, before)
 
 
@@ -434,7 +436,7 @@ def test_a_begin_without_a_shut_door_is_refused(exclusive_way: StagingWay) -> No
         sender.prepare(Trainer())
         begin = protocol.Begin(session=sender._fleet._session, version=1, deadline_s=5.0)
         reply = server.receiver.handle(begin)
-        assert reply.error is not None and "door must be held first" in reply.error.message
+        assert reply.error is not None and "door must be shut first" in reply.error.message
         assert not reply.exclusive and reply.state == "SERVING"
 
 
