@@ -6,11 +6,15 @@
 
 The last two need the door shut from before the first byte until the commit, and give all back when a transfer ends.
 All ranks of a server take the same way; the one that can do least decides.
+
+In reserved memory a rank that needs all that is sent keeps the buckets themselves, each in a place of its own, and
+spreads them over its parameters when it commits. One that needs its slices only spreads each bucket, as it comes, over
+an image of its parameters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import Protocol
@@ -49,9 +53,10 @@ class Memory(Protocol):
 
 @dataclass(frozen=True)
 class Need:
-    """What a push takes on this rank: an image of `sizes` (bytes by parameter) and `Layout.window_bytes`.
+    """What a push takes on this rank: an image of `sizes` (bytes by parameter) and `Layout.window_bytes`, or
+    `whole_bytes` for all `num_buckets` buckets.
 
-    `exported`: the bucket lies in memory that another process of this host can open. `num_at_once`: as of `Layout`.
+    `exported`: buckets lie in memory that another process of this host can open. `num_at_once`: as of `Layout`.
     """
 
     sizes: dict[str, int]
@@ -59,6 +64,8 @@ class Need:
     device: torch.device
     exported: bool = False
     num_at_once: int = 1
+    whole_bytes: int = 1 << 62
+    num_buckets: int = 0
 
     @classmethod
     def of(
@@ -69,7 +76,7 @@ class Need:
         device = next(iter(parameters.values())).device
         num = _buckets_at_once(device, layout, num_senders)
         sizes = {name: parameters[name].nbytes for name in touched}
-        return cls(sizes, layout.window_bytes(num), device, exported, num)
+        return cls(sizes, layout.window_bytes(num), device, exported, num, layout.num_bytes, len(layout.buckets))
 
     @property
     def image_bytes(self) -> int:
@@ -77,21 +84,27 @@ class Need:
 
     @property
     def is_shared(self) -> bool:
-        """Whether the bucket lies in shared memory; what PyTorch has on a GPU can be exported as it is."""
+        """Whether buckets lie in shared memory; what PyTorch has on a GPU can be exported as it is."""
         return self.exported and self.device.type == "cpu"
+
+    def is_whole_in(self, reserved: torch.Tensor) -> bool:
+        """Whether `reserved` can keep all buckets."""
+        return self.whole_bytes <= reserved.numel() and (not self.is_shared or shared_memory.holds(reserved))
 
 
 @dataclass
 class Room:
     """Memory for one transfer or more. `buffers` (flat uint8) hold the image; none if there is no image.
 
-    `bucket`: what `Layout.window` lays buckets into, `num_at_once` at a time; None: as `num_at_once` says.
+    `bucket`: what `Layout.window` lays buckets into, `num_at_once` at a time; None: as `num_at_once` says. `whole`: all
+    of them, until the commit.
     """
 
     way: StagingWay
     buffers: list[torch.Tensor]
     bucket: torch.Tensor
     num_at_once: int | None = None
+    whole: bool = False
 
     def leave(self) -> None:
         """Give back what was lent. The padded slots of a KV cache are read: what lies there must be numbers."""
@@ -119,13 +132,29 @@ def aligned(num_bytes: int) -> int:
     return -(-num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
-def obstacles(need: Need, memory: Memory, wanted: StagingChoice) -> dict[StagingWay, str]:
-    """Why this rank cannot take a way, and what helps. A way that is not named can be taken, if it comes to that."""
+def free_of(memory: Memory, taken: Iterable[int]) -> torch.Tensor | None:
+    """The reserved memory before the first of the addresses `taken`, from which on earlier sessions may still write."""
+    if (reserved := memory.reserved) is None:
+        return None
+    starts = [address - reserved.data_ptr() for address in taken]
+    return reserved[: min([start for start in starts if 0 <= start < reserved.numel()], default=reserved.numel())]
+
+
+def obstacles(
+    need: Need, memory: Memory, wanted: StagingChoice, free: torch.Tensor | None = None
+) -> dict[StagingWay, str]:
+    """Why this rank cannot take a way, and what helps. A way that is not named can be taken, if it comes to that.
+
+    `free`: of the reserved memory, as `free_of` has it; None: all of it.
+    """
     found: dict[StagingWay, str] = {}
-    total, held = need.image_bytes + need.bucket_bytes, 0 if memory.reserved is None else memory.reserved.numel()
+    held = 0 if memory.reserved is None else memory.reserved.numel()
+    total = min(need.image_bytes + need.bucket_bytes, need.whole_bytes)
     if held < total:
         text = f"{held / 1e9:.2f} GB are reserved of {total / 1e9:.2f} GB"
         found["reserved"] = f"{text}: start the server with --fp8sync-staging {ceil(total / 1e7) / 100}"
+    elif free is not None and free.numel() < min(need.image_bytes, need.whole_bytes):
+        found["reserved"] = "an earlier sender may still write to the reserved memory: it has to go on, or to end"
     try:
         lent = sum(buffer.numel() for buffer in _lent(memory))
         if lent < need.image_bytes:
@@ -157,16 +186,14 @@ def choose(wanted: StagingChoice, found: Sequence[dict[StagingWay, str]]) -> Sta
     raise PlanError(f"no room for staging={wanted!r} on this server", tuple(lines))
 
 
-def enter(way: StagingWay, need: Need, memory: Memory, bucket_taken: bool = False) -> Room:
-    """Take the memory. `bucket_taken`: an earlier session may still receive into the reserved bucket.
+def enter(way: StagingWay, need: Need, memory: Memory, free: torch.Tensor | None = None) -> Room:
+    """Take the memory. `free`: as of `obstacles`.
 
     Raises:
         PlanError: it is gone, or there is none for the bucket.
     """
     if way == "reserved" and memory.reserved is not None:
-        image, bucket = memory.reserved[: need.image_bytes], memory.reserved[need.image_bytes :]
-        bucket = _own_bucket(need) if bucket_taken or need.is_shared else bucket[: need.bucket_bytes]
-        return Room(way, [image], bucket, need.num_at_once)
+        return _reserved(need, memory.reserved if free is None else free)
     bucket = _own_bucket(need)
     if way == "in_place":
         return Room(way, [], bucket, need.num_at_once)
@@ -176,6 +203,16 @@ def enter(way: StagingWay, need: Need, memory: Memory, bucket_taken: bool = Fals
         raise PlanError(f"the KV cache cannot be used for staging any more: {error}") from error
     room.leave()
     return room
+
+
+def _reserved(need: Need, free: torch.Tensor) -> Room:
+    if need.is_whole_in(free):
+        return Room("reserved", [], free[: need.whole_bytes], need.num_buckets, whole=True)
+    if free.numel() < need.image_bytes:
+        raise PlanError("the reserved memory is no longer free: an earlier sender may still write there")
+    image, bucket = free[: need.image_bytes], free[need.image_bytes :]
+    fits = bucket.numel() >= need.bucket_bytes and (not need.is_shared or shared_memory.holds(free))
+    return Room("reserved", [image], bucket[: need.bucket_bytes] if fits else _own_bucket(need), need.num_at_once)
 
 
 def own_room(need: Need) -> Room:

@@ -24,7 +24,7 @@ from receiver_plugin.staging import Staging
 from shared.buckets import Layout
 from shared.digest import begin_digest
 from shared.errors import Fp8SyncError, ReceiveError, TransferError
-from shared.planes import ReceiveHalf
+from shared.planes import ReceiveHalf, TellsPlaces
 from shared.protocol import Open, StagingWay
 from shared.turns import frequent_turns
 
@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 _LOOK_S = 1.0  # how often an idle session looks whether its sender is there
 _INTERRUPT_S = 5.0
+_PLACES_AHEAD = 3
 _GRACE_S = 60.0  # for what was staged, after its deadline: a commit that came in time may still be at work
 
 
@@ -115,6 +116,8 @@ class Session:
         self.way, self._stage, self._device = way, stage, device
         self.exclusive = way != "reserved"  # its transfers use what requests use
         self._staging: Staging | None = None if self.exclusive else stage(None)
+        # From which address on its thread may still write after its end; of lent memory nobody needs to know.
+        self.writes_from = None if self._staging is None else self._staging.room.bucket.data_ptr()
         self._left: Staging | None = None  # that of the last transfer, without its memory
         self.transfer: Transfer | None = None
         self.lost: str | None = None  # why no push can come through this session
@@ -186,6 +189,11 @@ class Session:
             if self._device.type == "cuda" and not transfer.done.wait(_INTERRUPT_S):
                 logger.error("fp8sync: the thread that receives did not end: a kernel of it may keep this GPU waiting")
 
+    def lingers_for(self, seconds: float) -> bool:
+        """`lingers`, at the end of that time."""
+        self._thread.join(max(0.0, seconds))
+        return self.lingers
+
     def close(self) -> None:
         """Free the staging for the next session and stop the thread.
 
@@ -249,10 +257,12 @@ class Session:
         staging = transfer.staging
         stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         coming = deque[tuple[int, int]]()  # buckets that may still be on their way, with their digests
+        num_told, num_ahead = 0, max(_PLACES_AHEAD, staging.num_ahead)
         try:
             with torch.no_grad(), torch.cuda.stream(stream), frequent_turns():
                 for bucket in self._layout.buckets:
-                    if len(coming) == staging.num_at_once:
+                    num_told = self._tell_places(plane, transfer, num_told, bucket.index + num_ahead)
+                    if len(coming) == staging.num_ahead:
                         self._take(plane, transfer, *coming.popleft(), stream)
                     sent = plane.receive(staging.bucket(bucket.index), transfer.remaining_s())
                     coming.append((bucket.index, sent))
@@ -267,6 +277,15 @@ class Session:
             logger.exception("fp8sync: receiving version %d failed", transfer.version)
             return f"{type(error).__name__}: {error}"
         return None
+
+    def _tell_places(self, plane: ReceiveHalf, transfer: Transfer, num_told: int, until: int) -> int:
+        """How many places the sender knows ahead of their buckets, `until` at most: those that nothing else is in."""
+        until = min(until, len(self._layout.buckets))
+        if not transfer.staging.room.whole or not isinstance(plane, TellsPlaces):
+            return 0
+        for index in range(num_told, until):
+            plane.expect(transfer.staging.bucket(index), transfer.remaining_s())
+        return until
 
     def _take(
         self, plane: ReceiveHalf, transfer: Transfer, index: int, sent: int, stream: torch.cuda.Stream | None

@@ -7,10 +7,13 @@ as long as no rank has written anything; else `give_up` says why the server must
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Collection
 
+import torch
+
 from receiver_plugin.ranks import Ranks, collect, gather
-from receiver_plugin.rooms import Memory, Need, choose, enter, obstacles
+from receiver_plugin.rooms import Memory, Need, choose, enter, free_of, obstacles
 from receiver_plugin.session import Session
 from receiver_plugin.staging import Staging
 from shared import digest
@@ -26,13 +29,16 @@ logger = logging.getLogger(__name__)
 _USES: dict[StagingWay, set[str]] = {"reserved": set(), "kv_pool": {"kv_cache", "weights"}, "in_place": {"weights"}}
 
 
+_LINGER_S = 2.0  # a sender that died may still have a copy under way on its GPU
+
+
 class Sessions:
     """`synchronize` returns when the device has done what was asked of it."""
 
     def __init__(self, ranks: Ranks, memory: Memory, synchronize: Callable[[], None]) -> None:
         self._ranks, self._memory, self._synchronize = ranks, memory, synchronize
         self.current: Session | None = None
-        self._closed: list[Session] = []  # those that may still receive into the reserved bucket
+        self._closed: list[Session] = []  # those that may still receive into reserved memory
         self._lost: dict[str, str] = {}  # the last session that was given up, and why
 
     @property
@@ -64,12 +70,12 @@ class Sessions:
 
         Raises: PlanError: no memory on some rank; there is no session then.
         """
-        way = choose(message.staging, collect(self._ranks, lambda: obstacles(need, self._memory, message.staging)))
+        found = collect(self._ranks, lambda: obstacles(need, self._memory, message.staging, self._free(_LINGER_S)))
+        way = choose(message.staging, found)
 
         def stage(left: Staging | None) -> Staging:
-            self._closed = [session for session in self._closed if session.lingers]
             direct = way == "kv_pool" and message.staging == "auto" and nothing_to_keep()
-            room = enter("in_place" if direct else way, need, self._memory, bucket_taken=bool(self._closed))
+            room = enter("in_place" if direct else way, need, self._memory, self._free())
             same = left is not None and left.room.way == room.way
             return left if left is not None and same and left.enter(room) else make_staging(room)
 
@@ -87,6 +93,14 @@ class Sessions:
             raise
         assert self.current is not None
         return self.current
+
+    def _free(self, patience_s: float = 0.0) -> torch.Tensor | None:
+        """What no earlier session may write to of the reserved memory; those that are about to end are waited for."""
+        end = time.monotonic() + patience_s
+        self._closed = [session for session in self._closed if session.lingers_for(end - time.monotonic())]
+        return free_of(
+            self._memory, [session.writes_from for session in self._closed if session.writes_from is not None]
+        )
 
     def make_way(self, message: wire.Open) -> str | None:
         """End the push of a sender that is gone, or begins anew: a promise waits for nothing else but its deadline.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Collection, Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from sglang.version import __version__ as SGLANG_VERSION
 from receiver_plugin.reserve import Account, bucket_bytes, image_bytes, reserved_bytes, wish
 from receiver_plugin.rooms import CannotLendError
 from receiver_plugin.sglang_surface import RUNNER, missing_of
+from shared.errors import TransferError
+from shared.planes import shared_memory
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +70,9 @@ def _reserve(runner: Any) -> torch.Tensor | None:
         return None
     device = next(runner.model.parameters()).device
     try:
+        if device.type == "cpu":
+            with suppress(TransferError):  # what a trainer of this host can open, for plane='same_host'
+                return shared_memory.allocate(num_bytes)
         return torch.empty(num_bytes, dtype=torch.uint8, device=device)
     except RuntimeError as error:
         raise SystemExit(

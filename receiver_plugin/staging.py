@@ -8,7 +8,8 @@ All is resolved once into pairs of views; when a bucket comes there is no name, 
 On a GPU a grouped copy is a launch or two, from tables that are made here (`receiver_plugin/grouped_copy.py`).
 
 The image is as large as the parameters of this rank and lies in a `Room`: one piece of memory, or several, among which
-parameters are cut wherever one ends. A room without an image has the live parameters themselves in its place.
+parameters are cut wherever one ends. A room that keeps whole buckets has none, and one copy from all of these to the
+live parameters at the commit. In place there is none either: each bucket goes to the live parameters as it comes.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib.util import find_spec
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -68,24 +70,36 @@ class Staging:
         need = Need.of(model, plan, layout)
         self.room = room or own_room(need)
         self.num_at_once = self.room.num_at_once or num_at_once(need.device)
+        self.num_ahead = min(self.num_at_once, need.num_at_once)  # buckets that may be on their way
         self.plan = plan
         self.touched = False  # whether live parameters were written to
         self._in_place = self.room.way == "in_place"
+        self._has_image = not self._in_place and not self.room.whole
         self._model, self._layout = model, layout
+        self._take_in(self.room)
         parameters = destinations(model)
         live = {name: parameters[name].detach() for name in need.sizes}
         places = (
-            {name: [Piece(0, p)] for name, p in live.items()} if self._in_place else _place(live, self.room.buffers)
+            _place(live, self.room.buffers) if self._has_image else {name: [Piece(0, p)] for name, p in live.items()}
         )
         self._targets = {name: _Target(p, p.data_ptr(), places[name]) for name, p in live.items()}
         self._places = Places(model, (parameters[name] for name in live))
-        if not self._in_place:
+        if self._has_image:
             self._fill()
-        self._scatter = self._resolve(plan.copies)
-        self._commit = copier(*self._whole_parameters())
+        pairs = self._resolve(plan.copies)
+        if self.room.whole:
+            all_pairs = [list(chain.from_iterable(side)) for side in zip(*pairs, strict=True)]
+            self._scatter, self._commit = [], copier(*all_pairs)
+        else:
+            self._scatter = [copier(*each) for each in pairs]
+            self._commit = copier(*self._whole_parameters()) if self._has_image else None
         # The tables of a GPU are made of these addresses, and hold no memory.
         keeps = all(_knows_addresses_only(copy) for copy in self._scatter if copy is not None)
         self._bucket_address = self.room.bucket.data_ptr() if keeps and self._in_place else None
+
+    def _take_in(self, room: Room) -> None:
+        self.room = room
+        self._windows = [self._layout.window(b.index, room.bucket, self.num_at_once) for b in self._layout.buckets]
 
     @property
     def num_bytes(self) -> int:
@@ -94,30 +108,32 @@ class Staging:
     def leave(self) -> bool:
         """Give the memory back; whether `enter` may be tried with other memory."""
         self.room.leave()
-        self.room = Room(self.room.way, [], self.room.bucket.new_empty(0))
+        self.room, self._windows = Room(self.room.way, [], self.room.bucket.new_empty(0)), []
         return self._bucket_address is not None
 
     def enter(self, room: Room) -> bool:
         """Whether all that was resolved holds in `room`; it is taken then, for another transfer."""
         if room.bucket.data_ptr() != self._bucket_address:
             return False
-        self.room, self.touched = room, False
+        self._take_in(room)
+        self.touched = False
         return True
 
     def bucket(self, index: int) -> torch.Tensor:
         """Where bucket `index` arrives, flat uint8, when bucket `index - num_at_once` is no longer there."""
-        return self._layout.window(index, self.room.bucket, self.num_at_once)
+        return self._windows[index]
 
     def _fill(self) -> None:
         for fill in self.plan.fills:
             for window, _ in self._targets[fill.parameter].windows(fill.parameter_view):
                 window.fill_(fill.value)
 
-    def _resolve(self, copies: tuple[Copy, ...]) -> list[Callable[[], None] | None]:
+    def _resolve(self, copies: tuple[Copy, ...]) -> list[tuple[list[torch.Tensor], list[torch.Tensor]]]:
+        """For each bucket what is copied, to where it is copied first."""
         by_source: dict[str, list[Copy]] = {}
         for copy in copies:
             by_source.setdefault(copy.source, []).append(copy)
-        return [copier(*self._pairs(bucket, by_source)) for bucket in self._layout.buckets]
+        return [self._pairs(bucket, by_source) for bucket in self._layout.buckets]
 
     def _pairs(self, bucket: Bucket, by_source: dict[str, list[Copy]]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         to, of, arriving = [], [], self.bucket(bucket.index)
@@ -146,7 +162,8 @@ class Staging:
         found = begin(self.bucket(index), index)
         if self._in_place and found() != sent:
             raise TransferError(f"the bytes of bucket(s) [{index}] are not those that were sent")
-        self.scatter(index)
+        if not self.room.whole:
+            self.scatter(index)
         return found()
 
     def scatter(self, index: int) -> None:
@@ -163,19 +180,18 @@ class Staging:
         return next((n for n, t in self._targets.items() if n not in now or now[n].data_ptr() != t.data_ptr), None)
 
     def commit(self) -> None:
-        """Copy the image over the live parameters, byte for byte. In place, what is left to do are the constants."""
-        if self._in_place:
-            self.touched = True
-            self._fill()
-            return
+        """Copy what is staged over the live parameters, byte for byte. In place, what is left to do are constants."""
+        self.touched |= self._in_place
         if self._commit is not None:
             self._commit()
+        if not self._has_image:
+            self._fill()
 
     def _whole_parameters(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Live parameters and their image, as bytes. Nothing if there is no image."""
+        """Live parameters and their image, as bytes."""
         live: list[torch.Tensor] = []
         staged: list[torch.Tensor] = []
-        for target in self._targets.values() if not self._in_place else ():
+        for target in self._targets.values():
             whole = _bytes(target.parameter)
             for start, tensor in target.pieces:
                 first = start * tensor.dtype.itemsize

@@ -92,7 +92,7 @@ class SendingHalf:
         found = begin_digest(bucket, secret=self.secret, version=self.version, bucket=index)
         is_there, self._room = bucket is self._room, None  # kept no longer: it is memory of a server
         self._waiting.append(_Waiting(bucket, index, found, check))
-        if not _leaves_later(bucket) or is_there:
+        if not _leaves_later(bucket) or (is_there and not self._knows_place(ahead=len(self._waiting))):
             self._send_waiting()
         elif not waits:
             self._send_waiting(but=1)
@@ -119,8 +119,15 @@ class SendingHalf:
     def room(self, num_bytes: int) -> torch.Tensor | None:
         """Where the bucket that comes next may be made, on whatever device that is; or None."""
         plane: object = self.plane
-        self._room = plane.room(num_bytes) if isinstance(plane, HasRoom) and not self._waiting else None
+        ahead = len(self._waiting)
+        made_there = isinstance(plane, HasRoom) and (not ahead or self._knows_place(ahead))
+        self._room = plane.room(num_bytes, ahead) if isinstance(plane, HasRoom) and made_there else None
         return self._room
+
+    def _knows_place(self, ahead: int) -> bool:
+        """Whether the bucket that comes after so many others can be made where it goes, while they wait."""
+        plane: object = self.plane
+        return isinstance(plane, HasRoom) and plane.knows_place(ahead)
 
     def rehearse(self, bucket: torch.Tensor) -> None:
         """What `send` does on the device, to no effect."""

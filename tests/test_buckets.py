@@ -44,7 +44,7 @@ GOLDEN_BYTES = {  # offset -> bytes; all others are zero
     512: "0000003c",  # b: scale 3.5 / 448 = 2**-7
 }
 GOLDEN_SHA256 = "3442b3589f848e85806f15cb1f5e1fc324ba95fe0a1df9c1129d639f73762e46"
-GOLDEN_PLAN_HASH = "41a99ba743f3ca15ebafbb1d452105a48c14c969c1ecd2778b9b8d28787b9873"
+GOLDEN_PLAN_HASH = "9e2b6657c3fa25344179f6970be678bff38cd08b04f60c63670c375eea85ccee"
 
 
 def test_golden_bucket() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from itertools import product
 from math import prod
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 
 from receiver_plugin.manifest import expected_in_fp8, manifest_of, plan_rank
 from receiver_plugin.probe import fingerprint
-from receiver_plugin.rooms import CannotLendError, Need, Room, choose, enter, obstacles
+from receiver_plugin.rooms import CannotLendError, Need, Room, choose, enter, free_of, obstacles
 from receiver_plugin.staging import Staging, cut
 from receiver_plugin.windows import View
 from sender.packer import Packer
@@ -20,6 +21,7 @@ from sender.source import ModuleSource
 from shared.buckets import make_layout
 from shared.config import FP8BlockConfig
 from shared.errors import PlanError
+from shared.planes import shared_memory
 from tests.test_push_memory import expected
 from tests.tiny_models import FakeMemory, Served, Trainer
 
@@ -112,13 +114,68 @@ def test_a_kv_cache_that_is_gone_is_an_error_of_the_push() -> None:
         lent.kv_pool()
 
 
+def is_inside(part: torch.Tensor, lent: FakeMemory) -> bool:
+    assert lent.reserved is not None
+    return 0 <= part.data_ptr() - lent.reserved.data_ptr() <= lent.reserved.numel() - part.numel()
+
+
 def test_a_reserved_bucket_that_is_taken_is_left_alone() -> None:
     lent = memory(4096)
-    assert lent.reserved is not None
-    mine, own = enter("reserved", NEED, lent), enter("reserved", NEED, lent, bucket_taken=True)
-    inside = range(lent.reserved.data_ptr(), lent.reserved.data_ptr() + 4096)
-    assert mine.bucket.data_ptr() in inside and own.bucket.data_ptr() not in inside
+    mine = enter("reserved", NEED, lent)
+    own = enter("reserved", NEED, lent, free_of(lent, [mine.bucket.data_ptr()]))
+    assert is_inside(mine.bucket, lent) and not is_inside(own.bucket, lent)
     assert mine.buffers[0].data_ptr() == own.buffers[0].data_ptr()
+
+
+# ---- whole buckets in reserved memory
+
+WHOLE = replace(NEED, whole_bytes=1280, num_buckets=5)
+
+
+def test_a_rank_that_needs_all_keeps_whole_buckets() -> None:
+    lent = memory(1280)
+    assert "reserved" not in obstacles(WHOLE, lent, "reserved"), "an image and a bucket would take more"
+    room = enter("reserved", WHOLE, lent)
+    assert (room.whole, room.buffers, room.bucket.numel(), room.num_at_once) == (True, [], 1280, 5)
+    assert is_inside(room.bucket, lent)
+    short = memory(1279)
+    assert "0.00 GB are reserved of 0.00 GB" in obstacles(WHOLE, short, "reserved")["reserved"]
+
+
+def test_a_rank_that_needs_a_slice_keeps_an_image() -> None:
+    room = enter("reserved", replace(WHOLE, whole_bytes=2 * 1152), memory(1152 + 256))
+    assert (room.whole, room.buffers[0].numel(), room.bucket.numel()) == (False, 1152, 256)
+
+
+def test_whole_buckets_to_which_an_earlier_sender_may_write_are_left_alone() -> None:
+    """It may write to all of them: there is nothing beside them to stage in."""
+    lent = memory(4096, 4096)
+    free = free_of(lent, [enter("reserved", WHOLE, lent).bucket.data_ptr()])
+    assert free is not None and free.numel() == 0
+    found = obstacles(WHOLE, lent, "auto", free)
+    assert "an earlier sender may still write" in found["reserved"] and choose("auto", [found]) == "kv_pool"
+    with pytest.raises(PlanError, match="an earlier sender may still write"):
+        choose("reserved", [obstacles(WHOLE, lent, "reserved", free)])
+    with pytest.raises(PlanError, match="an earlier sender may still write"):
+        enter("reserved", WHOLE, lent, free)
+
+
+def test_beside_an_image_whose_bucket_is_taken_whole_buckets_have_no_room() -> None:
+    lent = memory(4096)
+    free = free_of(lent, [enter("reserved", NEED, lent).bucket.data_ptr()])
+    assert "reserved" not in obstacles(WHOLE, lent, "reserved", free)
+    room = enter("reserved", WHOLE, lent, free)
+    assert not room.whole and room.buffers[0].numel() == 1152 and not is_inside(room.bucket, lent)
+
+
+def test_memory_that_no_other_process_can_open_keeps_no_buckets_that_one_writes() -> None:
+    exported = replace(WHOLE, exported=True)
+    room = enter("reserved", exported, memory(4096))
+    assert not room.whole and shared_memory.holds(room.bucket)
+    lent = memory()
+    lent.reserved = shared_memory.allocate(4096)
+    room = enter("reserved", exported, lent)
+    assert room.whole and shared_memory.holds(room.bucket) and is_inside(room.bucket, lent)
 
 
 # ---- cutting

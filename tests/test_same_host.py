@@ -428,6 +428,40 @@ def test_a_bucket_can_be_made_where_it_goes(
     assert plane.room(128) is None
 
 
+def test_a_rank_may_say_ahead_where_buckets_go(plane: SameHostSender, join: Any, pool: ThreadPoolExecutor) -> None:
+    """Nobody waits then between one bucket and the next; each goes to its own place, in order."""
+    (half,), memory = join(), allocate(3 * 128)
+    places = [memory[at : at + 128] for at in (0, 128, 256)]
+    for place in places:
+        half.expect(place, 5.0)
+    assert soon(lambda: plane.knows_place(2)) and not plane.knows_place(3)
+    rooms = [plane.room(128, ahead) for ahead in range(3)]
+    assert plane.room(128, 3) is None
+    for number, room in enumerate(rooms):
+        assert room is not None
+        room.fill_(number + 1)
+        plane.send(room, number)
+    assert not plane.knows_place(0)
+    for number, place in enumerate(places):
+        assert half.receive(place, 5.0) == number, "it was told once"
+        half.arrive(5.0)
+        assert place.eq(number + 1).all()
+    receiving = pool.submit(half.receive, places[1], 5.0)  # of a push that says nothing ahead
+    plane.send(bucket(128), 7)
+    assert receiving.result(5.0) == 7
+    half.arrive(5.0)
+    del rooms, room
+
+
+def test_a_rank_that_says_too_much_ahead_is_refused(plane: SameHostSender, join: Any) -> None:
+    (half,), memory = join(), allocate(128)
+    for _ in range(7):
+        half.expect(memory, 5.0)
+    with pytest.raises(TransferError, match="more buckets than are ever under way"):
+        for _ in range(7):
+            plane.send(bucket(128), 1)
+
+
 # ---- ranks and senders that lie
 
 
@@ -630,10 +664,10 @@ def test_buckets_are_packed_where_they_go(way: protocol.StagingWay, monkeypatch:
     """As soon as the server has taken the bucket before; else they are packed as usual."""
     server, rooms, room = Watched(way), list[bool](), SameHostSender.room
 
-    def wait_for_room(plane: SameHostSender, num_bytes: int) -> torch.Tensor | None:
+    def wait_for_room(plane: SameHostSender, num_bytes: int, ahead: int) -> torch.Tensor | None:
         if len(rooms) % 2:
-            assert soon(lambda: room(plane, num_bytes) is not None)
-        found = room(plane, num_bytes) if len(rooms) % 2 else None
+            assert soon(lambda: room(plane, num_bytes, ahead) is not None)
+        found = room(plane, num_bytes, ahead) if len(rooms) % 2 else None
         rooms.append(found is not None)
         return found
 

@@ -73,6 +73,56 @@ def test_a_bucket_has_arrived_where_others_wait_for_it(half: SendingHalf, monkey
     assert log(half) == ["send 0", "flush"]
 
 
+class HostPlane(Plane):
+    """One that knows the places of the next buckets, as many as `places` has."""
+
+    def __init__(self, *places: int) -> None:
+        super().__init__()
+        self.places = [bucket(number) for number in places]
+
+    def room(self, num_bytes: int, ahead: int = 0) -> torch.Tensor | None:
+        self.log.append(f"room {ahead}")
+        return self.places[ahead] if len(self.places) > ahead else None
+
+    def knows_place(self, ahead: int) -> bool:
+        return len(self.places) > ahead
+
+    def send(self, bucket: torch.Tensor, digest: int) -> None:
+        super().send(bucket, digest)
+        self.places.pop(0)
+
+
+def made_there(half: SendingHalf, number: int) -> bool:
+    """Send bucket `number`, made where there is room for it; whether there was."""
+    room = half.room(128)
+    half.send(room if room is not None else bucket(number), number)
+    return room is not None
+
+
+def test_what_is_made_where_it_goes_waits_for_the_next_if_that_has_its_place(
+    half: SendingHalf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that the next one is being packed while the digest of this one is waited for."""
+    monkeypatch.setattr(sending, "_leaves_later", lambda bucket: True)
+    half.plane = HostPlane(0, 1, 2)
+    assert all(made_there(half, number) for number in range(3)) and half.is_ahead is False
+    assert log(half) == ["room 0", "room 1", "send 0", "room 1", "send 1", "send 2"]
+    assert half.digests == {n: digest(bucket(n), secret=half.secret, version=7, bucket=n) for n in range(3)}
+
+
+def test_what_is_made_where_it_goes_does_not_wait_for_a_place(
+    half: SendingHalf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server says where the next one goes once it has this one."""
+    monkeypatch.setattr(sending, "_leaves_later", lambda bucket: True)
+    plane = half.plane = HostPlane(0)
+    assert made_there(half, 0) and log(half) == ["room 0", "send 0"]
+    plane.places.append(bucket(1))
+    assert made_there(half, 1) and log(half)[2:] == ["room 0", "send 1"]
+    assert not made_there(half, 2) and log(half)[4:] == ["room 0"] and half.is_ahead
+    assert half.room(128) is None and log(half)[5:] == [], "that of the one that waits comes first"
+
+
 def test_what_waits_is_forgotten_with_the_plane(half: SendingHalf, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sending, "_leaves_later", lambda bucket: True)
     half.send(bucket(0), 0)

@@ -70,6 +70,24 @@ def test_buckets_come_in_turn_and_every_push_begins_anew() -> None:
     assert log == ["a is joined as 3", "b is joined as 3", *push, *push]
 
 
+def test_places_are_told_to_those_who_write_there() -> None:
+    log = list[str]()
+
+    class Told(Half):
+        def expect(self, bucket: torch.Tensor, timeout_s: float) -> None:
+            self.log.append(f"{self.name} expects {bucket.numel()}")
+
+    plane = SeveralReceivers(meetings("a", "b"), 0, 3, lambda meeting, rank: Told(meeting.key, log))
+    for _ in range(2):  # every push anew
+        for size in (1, 2, 3):
+            plane.expect(torch.empty(size), 1.0)
+    assert log == ["a expects 1", "b expects 2", "a expects 3"] * 2
+    other = SeveralReceivers(meetings("a", "b"), 0, 3, joining(log))
+    log.clear()
+    other.expect(torch.empty(1), 1.0)
+    assert log == [], "these have places of their own"
+
+
 def test_all_halves_are_given_back_and_end_together() -> None:
     log = list[str]()
     plane = SeveralReceivers(meetings("a", "b"), 0, num_buckets=3, join=joining(log))

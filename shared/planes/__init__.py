@@ -30,8 +30,12 @@ class SendHalf(Protocol):
 class HasRoom(Protocol):
     """A send half that knows where a bucket will lie."""
 
-    def room(self, num_bytes: int) -> torch.Tensor | None:
-        """Where the next bucket may be made (flat uint8), so that `send` of that very tensor copies less; or None."""
+    def room(self, num_bytes: int, ahead: int = 0) -> torch.Tensor | None:
+        """Where the bucket may be made (flat uint8) that comes when `ahead` others have been sent, so that `send` of
+        that very tensor copies less; or None."""
+
+    def knows_place(self, ahead: int) -> bool:
+        """Whether it is known where that bucket will lie."""
 
 
 class ReceiveHalf(Protocol):
@@ -55,6 +59,14 @@ class ReceiveHalf(Protocol):
 
     def close(self) -> None:
         """Leave the plane; on return nobody writes to the memory of buckets. Idempotent."""
+
+
+@runtime_checkable
+class TellsPlaces(Protocol):
+    """A receive half whose sender writes where it is told to."""
+
+    def expect(self, bucket: torch.Tensor, timeout_s: float) -> None:
+        """Tell the sender now where the first bucket will lie that it does not know of; `receive` waits for it."""
 
 
 def open_receiver(rendezvous: Rendezvous, rank: int) -> ReceiveHalf:

@@ -124,7 +124,7 @@ class CudaMapping:
                     "processes of a host; in containers they share --ipc=host, or use plane='nccl' or 'tcp'"
                 )
             self._base, self._first, self._num_bytes = base, first, num_bytes
-            self._was_lent = False
+            self._lent: set[int] = set()  # addresses of what is being made there
             self._stream = torch.cuda.Stream(gpu, priority=-1)
 
     @property
@@ -155,8 +155,8 @@ class CudaMapping:
         The caller keeps `bucket` until then.
         """
         to = self._address(offset)
-        if to == bucket.data_ptr():  # it was made there
-            self._was_lent = False  # and is whole
+        self._lent.discard(to)
+        if to == bucket.data_ptr():  # it was made there, and is whole
             return lambda: True
         with torch.cuda.device(self._gpu):
             stream = ctypes.c_void_p(self._stream.cuda_stream)
@@ -175,8 +175,9 @@ class CudaMapping:
         """
         if not self._is_own:
             return None
-        self._was_lent, device = True, torch.device("cuda", self._gpu)
-        storage = torch._C._construct_storage_from_data_pointer(self._address(offset), device, num_bytes)
+        address, device = self._address(offset), torch.device("cuda", self._gpu)
+        self._lent.add(address)
+        storage = torch._C._construct_storage_from_data_pointer(address, device, num_bytes)
         return torch.empty(0, dtype=torch.uint8, device=device).set_(storage, 0, (num_bytes,), (1,))
 
     def _address(self, offset: int) -> int:
@@ -190,6 +191,6 @@ class CudaMapping:
         base, self._base = self._base, ctypes.c_void_p()
         if base:
             with torch.cuda.device(self._gpu):
-                if self._was_lent:  # a kernel that writes there would end the trainer's use of its GPU
+                if self._lent:  # a kernel that writes there would end the trainer's use of its GPU
                     torch.cuda.synchronize(self._gpu)
                 _said(_runtime().cudaIpcCloseMemHandle(base))

@@ -6,7 +6,8 @@ memory (`shared_memory.py`).
 
     once         rank -> sender    meet        my host, and a little memory for you to open
                  sender -> rank    let go      of that: it could be opened
-    a bucket     rank -> sender    place(i)    which memory, and where in it; nothing reads there any more
+    a bucket     rank -> sender    place(i)    which memory, and where in it; nothing reads there any more. A rank with
+                                               room for several says so of several, ahead of the buckets before them
                  sender => ranks   its bytes
                  sender -> ranks   header(i)   size and digest; it is coming
                  sender -> ranks   written(i)  it is there
@@ -86,7 +87,7 @@ class SameHostSender:
         self._ranks: list[_Rank] = []
         self._under_way: deque[_Copy] = deque()
         self._num_sent, self._closed = 0, False
-        self._is_lent = False  # memory of a GPU, to kernels that this does not know
+        self._lent: set[int] = set()  # numbers of buckets whose memory of a GPU kernels have that this does not know
 
     def join(self, rendezvous: Rendezvous) -> None:
         """Raises: TransferError: not every server rank joined within `rendezvous.timeout_s`, or one is elsewhere."""
@@ -99,8 +100,9 @@ class SameHostSender:
         for rank in ranks:
             rank.listen()
 
-    def room(self, num_bytes: int) -> torch.Tensor | None:
-        """Where the next bucket may be made, so that `send` of that tensor copies nothing to the first rank; or None.
+    def room(self, num_bytes: int, ahead: int = 0) -> torch.Tensor | None:
+        """Where a bucket may be made, so that `send` of that tensor copies nothing to the first rank; or None. `ahead`:
+        how many others are sent before it.
 
         The rank may spoil what lies there once it was sent.
         """
@@ -108,18 +110,23 @@ class SameHostSender:
             first = self._ranks[0] if self._ranks and not self._closed else None
             if first is None:
                 return None
-            if not first.places and first.is_on_gpu:  # the rank is about to say where
-                self.changed.wait_for(lambda: self._closed or first.gone is not None or first.places, _PLACE_S)
-            there = first.gone is None and first.places and not self._closed
-            found = first.room(num_bytes) if there else None
-            self._is_lent = found is not None and found.is_cuda
+            if first.is_on_gpu:  # the rank is about to say where
+                self.changed.wait_for(lambda: self._closed or first.gone or len(first.places) > ahead, _PLACE_S)
+            there = first.gone is None and len(first.places) > ahead and not self._closed
+            found = first.room(num_bytes, ahead) if there else None
+            if found is not None and found.is_cuda:
+                self._lent.add(self._num_sent + ahead)
             return found
+
+    def knows_place(self, ahead: int) -> bool:
+        with self.changed:
+            return bool(self._ranks) and len(self._ranks[0].places) > ahead
 
     def send(self, bucket: torch.Tensor, digest: int) -> None:
         deadline = time.monotonic() + self._timeout_s
         with self.changed:
-            self._is_lent = False  # what was made there is whole
             number, self._num_sent = self._num_sent, self._num_sent + 1
+            self._lent.discard(number)  # what was made there is whole
             self._wait_for_places(number, deadline)
             places = [(rank, rank.places.popleft()) for rank in self._ranks]
             if wrong := tuple(rank.number for rank, place in places if place.num_bytes != bucket.numel()):
@@ -142,7 +149,8 @@ class SameHostSender:
         with self.changed:
             if self._closed:
                 return
-            self._closed, self._is_lent = True, False
+            self._closed = True
+            self._lent.clear()
         for rank in self._ranks:
             self.links.stop_hearing(rank.number)
         deadline = time.monotonic() + _END_S
@@ -155,7 +163,7 @@ class SameHostSender:
         """Return when nothing is being written. For a rank that is gone nothing is begun."""
         while True:
             with self.changed:
-                if not self._is_lent and all(copy.ended() for copy in self._under_way):
+                if not self._lent and all(copy.ended() for copy in self._under_way):
                     return
             time.sleep(_POLL_S)
 
@@ -236,8 +244,8 @@ class _Rank:
     def is_on_gpu(self) -> bool:
         return any(isinstance(mapping, cuda_ipc.CudaMapping) for mapping in self._mapped.values())
 
-    def room(self, num_bytes: int) -> torch.Tensor | None:
-        place = self.places[0]
+    def room(self, num_bytes: int, ahead: int) -> torch.Tensor | None:
+        place = self.places[ahead]
         fits = place.num_bytes == num_bytes and place.memory in self._mapped
         return self._mapped[place.memory].room(place.offset, num_bytes) if fits else None
 
@@ -326,7 +334,7 @@ class SameHostReceiver:
         self._told: dict[bytes, deque[bytes]] = {
             what: deque() for what in (messages.HEADER, messages.WRITTEN, messages.LET_GO)
         }
-        self._num_received = self._num_written = self._num_let_go = 0
+        self._num_expected = self._num_received = self._num_written = self._num_let_go = 0
         try:
             self._meet(deadline)
         except BaseException:
@@ -336,13 +344,20 @@ class SameHostReceiver:
     def receive(self, bucket: torch.Tensor, timeout_s: float) -> int:
         deadline = time.monotonic() + timeout_s
         number, self._num_received = self._num_received, self._num_received + 1
-        found = self._export(bucket, deadline)
-        offset = bucket.data_ptr() - found.memory.data_ptr()
-        self._say(Said(messages.PLACE, number, bucket.numel(), offset, found.name, found.kind, found.where), deadline)
+        if number == self._num_expected:
+            self.expect(bucket, timeout_s)
         size, digest = self._link.signer.read_header(self._hear(messages.HEADER, deadline), number)
         if size != bucket.numel():
             raise TransferError(f"a bucket of {size} bytes arrived, expected {bucket.numel()}")
         return digest
+
+    def expect(self, bucket: torch.Tensor, timeout_s: float) -> None:
+        """Say where the next bucket will lie, ahead of `receive`."""
+        deadline = time.monotonic() + timeout_s
+        number, self._num_expected = self._num_expected, self._num_expected + 1
+        found = self._export(bucket, deadline)
+        offset = bucket.data_ptr() - found.memory.data_ptr()
+        self._say(Said(messages.PLACE, number, bucket.numel(), offset, found.name, found.kind, found.where), deadline)
 
     def arrive(self, timeout_s: float) -> None:
         self._hear_number(messages.WRITTEN, self._num_written, time.monotonic() + timeout_s)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from shared.planes import ReceiveHalf, open_receiver
+from shared.planes import ReceiveHalf, TellsPlaces, open_receiver
 from shared.protocol import Rendezvous
 
 Join = Callable[[Rendezvous, int], ReceiveHalf]
@@ -38,7 +38,7 @@ class SeveralReceivers:
     def __init__(self, meetings: Sequence[Rendezvous], rank: int, num_buckets: int, join: Join = open_receiver) -> None:
         self._num_buckets = num_buckets
         self._halves: list[ReceiveHalf] = []
-        self._number = 0  # of the next bucket in its push
+        self._number = self._num_expected = 0  # of the next bucket in its push
         self._coming = deque[ReceiveHalf]()  # the halves of buckets that were not waited for yet
         try:
             for meeting in meetings:
@@ -52,6 +52,12 @@ class SeveralReceivers:
         self._number = (self._number + 1) % self._num_buckets
         self._coming.append(half)
         return half.receive(bucket, timeout_s)
+
+    def expect(self, bucket: torch.Tensor, timeout_s: float) -> None:
+        half = self._halves[self._num_expected % len(self._halves)]
+        self._num_expected = (self._num_expected + 1) % self._num_buckets
+        if isinstance(half, TellsPlaces):
+            half.expect(bucket, timeout_s)
 
     def arrive(self, timeout_s: float) -> None:
         self._coming.popleft().arrive(timeout_s)

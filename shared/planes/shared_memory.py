@@ -50,6 +50,11 @@ def _forget(address: int, file: int) -> None:
     os.close(file)
 
 
+def holds(memory: torch.Tensor) -> bool:
+    """Whether `allocate` made what `memory` lies in, so that another process can open it."""
+    return memory.untyped_storage().data_ptr() in _files
+
+
 def where(memory: torch.Tensor) -> bytes:
     """How to open `memory`, all of what `allocate` returned. Raises: TransferError: it was not made by that."""
     if (file := _files.get(memory.data_ptr())) is None:
