@@ -96,8 +96,8 @@ class Need:
 class Room:
     """Memory for one transfer or more. `buffers` (flat uint8) hold the image; none if there is no image.
 
-    `bucket`: what `Layout.window` lays buckets into, `num_at_once` at a time; None: as `num_at_once` says. `whole`: all
-    of them, until the commit.
+    `bucket`: what `Layout.windows` lays buckets into, `num_at_once` at a time; None: as `num_at_once` says. `whole`: all
+    of them, until the commit; `num_ahead` may be on their way at a time, else as many as have places.
     """
 
     way: StagingWay
@@ -105,6 +105,7 @@ class Room:
     bucket: torch.Tensor
     num_at_once: int | None = None
     whole: bool = False
+    num_ahead: int | None = None
 
     def leave(self) -> None:
         """Give back what was lent. The padded slots of a KV cache are read: what lies there must be numbers."""
@@ -207,7 +208,7 @@ def enter(way: StagingWay, need: Need, memory: Memory, free: torch.Tensor | None
 
 def _reserved(need: Need, free: torch.Tensor) -> Room:
     if need.is_whole_in(free):
-        return Room("reserved", [], free[: need.whole_bytes], need.num_buckets, whole=True)
+        return Room("reserved", [], free[: need.whole_bytes], need.num_buckets, True, need.num_at_once)
     if free.numel() < need.image_bytes:
         raise PlanError("the reserved memory is no longer free: an earlier sender may still write there")
     image, bucket = free[: need.image_bytes], free[need.image_bytes :]

@@ -33,7 +33,7 @@ from shared.buckets import Bucket, Layout
 from shared.coverage import Box
 from shared.errors import TransferError
 
-Pair = tuple[torch.Tensor, torch.Tensor]
+Pairs = tuple[list[torch.Tensor], list[torch.Tensor]]  # to, of
 
 
 class Piece(NamedTuple):
@@ -70,7 +70,7 @@ class Staging:
         need = Need.of(model, plan, layout)
         self.room = room or own_room(need)
         self.num_at_once = self.room.num_at_once or num_at_once(need.device)
-        self.num_ahead = min(self.num_at_once, need.num_at_once)  # buckets that may be on their way
+        self.num_ahead = self.room.num_ahead or self.num_at_once  # buckets that may be on their way
         self.plan = plan
         self.touched = False  # whether live parameters were written to
         self._in_place = self.room.way == "in_place"
@@ -86,20 +86,17 @@ class Staging:
         self._places = Places(model, (parameters[name] for name in live))
         if self._has_image:
             self._fill()
-        pairs = self._resolve(plan.copies)
-        if self.room.whole:
-            all_pairs = [list(chain.from_iterable(side)) for side in zip(*pairs, strict=True)]
-            self._scatter, self._commit = [], copier(*all_pairs)
-        else:
-            self._scatter = [copier(*each) for each in pairs]
-            self._commit = copier(*self._whole_parameters()) if self._has_image else None
+        self._scatter: list[Callable[[], None] | None] = [None] * len(layout.buckets)
+        if not self.room.whole:
+            self._scatter = [copier(*pairs) for pairs in self._resolve(plan.copies)]
+        self._commit = copier(*self._staged())
         # The tables of a GPU are made of these addresses, and hold no memory.
         keeps = all(_knows_addresses_only(copy) for copy in self._scatter if copy is not None)
         self._bucket_address = self.room.bucket.data_ptr() if keeps and self._in_place else None
 
     def _take_in(self, room: Room) -> None:
         self.room = room
-        self._windows = [self._layout.window(b.index, room.bucket, self.num_at_once) for b in self._layout.buckets]
+        self._windows = self._layout.windows(room.bucket, self.num_at_once)
 
     @property
     def num_bytes(self) -> int:
@@ -128,14 +125,14 @@ class Staging:
             for window, _ in self._targets[fill.parameter].windows(fill.parameter_view):
                 window.fill_(fill.value)
 
-    def _resolve(self, copies: tuple[Copy, ...]) -> list[tuple[list[torch.Tensor], list[torch.Tensor]]]:
+    def _resolve(self, copies: tuple[Copy, ...]) -> list[Pairs]:
         """For each bucket what is copied, to where it is copied first."""
         by_source: dict[str, list[Copy]] = {}
         for copy in copies:
             by_source.setdefault(copy.source, []).append(copy)
         return [self._pairs(bucket, by_source) for bucket in self._layout.buckets]
 
-    def _pairs(self, bucket: Bucket, by_source: dict[str, list[Copy]]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    def _pairs(self, bucket: Bucket, by_source: dict[str, list[Copy]]) -> Pairs:
         to, of, arriving = [], [], self.bucket(bucket.index)
         arrived = {dtype: arriving.view(dtype) for dtype in {slot.dtype for slot in bucket.slots}}
         for slot in bucket.slots:
@@ -162,12 +159,11 @@ class Staging:
         found = begin(self.bucket(index), index)
         if self._in_place and found() != sent:
             raise TransferError(f"the bytes of bucket(s) [{index}] are not those that were sent")
-        if not self.room.whole:
-            self.scatter(index)
+        self.scatter(index)
         return found()
 
     def scatter(self, index: int) -> None:
-        """Spread bucket `index`, which has arrived, over the image, or over the live parameters."""
+        """Spread bucket `index`, which has arrived, over the image, or over the live parameters; or leave it there."""
         if (copy := self._scatter[index]) is not None:
             self.touched |= self._in_place
             copy()
@@ -187,7 +183,14 @@ class Staging:
         if not self._has_image:
             self._fill()
 
-    def _whole_parameters(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    def _staged(self) -> Pairs:
+        """Live parameters, and what the commit copies to them."""
+        if self.room.whole:
+            to, of = zip(*self._resolve(self.plan.copies), strict=True)
+            return list(chain.from_iterable(to)), list(chain.from_iterable(of))
+        return self._whole_parameters() if self._has_image else ([], [])
+
+    def _whole_parameters(self) -> Pairs:
         """Live parameters and their image, as bytes."""
         live: list[torch.Tensor] = []
         staged: list[torch.Tensor] = []

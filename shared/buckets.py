@@ -17,6 +17,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from math import prod
 
 import torch
@@ -100,14 +101,18 @@ class Layout:
         """Memory for the buckets of a push, of which so many, one behind the other, are there at a time."""
         return sum(self._window_sizes(num_at_once))
 
-    def window(self, index: int, memory: torch.Tensor, num_at_once: int) -> torch.Tensor:
-        """Bucket `index` in `memory` (flat uint8, `window_bytes`), whose parts they take in turns."""
-        first = sum(self._window_sizes(num_at_once)[: index % num_at_once])
-        return memory[first : first + self.buckets[index].num_bytes]
+    def windows(self, memory: torch.Tensor, num_at_once: int) -> list[torch.Tensor]:
+        """Each bucket in `memory` (flat uint8, `window_bytes`), whose parts they take in turns."""
+        starts = list(accumulate(self._window_sizes(num_at_once), initial=0))
+        placed = [(starts[bucket.index % num_at_once], bucket.num_bytes) for bucket in self.buckets]
+        return [memory[start : start + size] for start, size in placed]
 
     def _window_sizes(self, num_at_once: int) -> list[int]:
-        sizes = [bucket.num_bytes for bucket in self.buckets]
-        return [max(sizes[part::num_at_once], default=0) for part in range(num_at_once)]
+        sizes = [0] * num_at_once
+        for bucket in self.buckets:
+            part = bucket.index % num_at_once
+            sizes[part] = max(sizes[part], bucket.num_bytes)
+        return sizes
 
     @cached_property
     def plan_hash(self) -> str:

@@ -160,12 +160,13 @@ def test_buckets_that_are_there_at_a_time_do_not_overlap(num_at_once: int) -> No
     layout = make_layout([*RAGGED, *(bf16(f"s{i}", 64) for i in range(100))], 16 * 128)
     memory = torch.zeros(layout.window_bytes(num_at_once), dtype=torch.uint8)
     assert num_at_once > 1 or memory.numel() == layout.largest_bucket_bytes
+    windows = layout.windows(memory, num_at_once)
     for bucket in layout.buckets:
         there = layout.buckets[max(0, bucket.index + 1 - num_at_once) : bucket.index + 1]
         for other in there:
-            layout.window(other.index, memory, num_at_once).fill_(other.index)
+            windows[other.index].fill_(other.index)
         for other in there:
-            window = layout.window(other.index, memory, num_at_once)
+            window = windows[other.index]
             assert window.numel() == other.num_bytes and bool(window.eq(other.index).all())
 
 

@@ -35,15 +35,15 @@ SMALL_PARTS = ("--chunked-prefill-size", "16", "--max-total-tokens", "8192", "--
 # Every process of the server reads this first. While the file is there, a copy fails when half of it is done.
 FAILING_COPY = """
 import os
+import torch
 from receiver_plugin.staging import Staging
 
 copy = Staging.commit
 
 def commit(self):
     if os.path.exists(os.environ["COPY_FAILS"]):
-        targets = list(self._targets.values())
-        for target in targets[: len(targets) // 2]:
-            target.parameter.view(-1).copy_(target.pieces[0].tensor)
+        to, of = self._staged()
+        torch._foreach_copy_(to[: len(to) // 2], of[: len(of) // 2])
         raise RuntimeError("injected into the copy")
     copy(self)
 

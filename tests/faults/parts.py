@@ -112,10 +112,9 @@ class FaultyStaging(Staging):
 
     def commit(self) -> None:
         """A fault in the copy strikes when half of it is done."""
-        targets = list(self._targets.values())
-        for target in targets[: len(targets) // 2]:
-            piece = target.pieces[0].tensor.view(-1)
-            target.parameter.view(-1)[: piece.numel()].copy_(piece)
+        to, of = self._staged()
+        if half := len(to) // 2:
+            torch._foreach_copy_(to[:half], of[:half])
         self._tripwire.at("copy", *self._place)
         super().commit()
 
