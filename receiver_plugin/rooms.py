@@ -96,8 +96,8 @@ class Need:
 class Room:
     """Memory for one transfer or more. `buffers` (flat uint8) hold the image; none if there is no image.
 
-    `bucket`: what `Layout.windows` lays buckets into, `num_at_once` at a time; None: as `num_at_once` says. `whole`: all
-    of them, until the commit; `num_ahead` may be on their way at a time, else as many as have places.
+    `bucket`: what `Layout.windows` lays buckets into, `num_at_once` at a time; None: as `num_at_once` says. `whole`:
+    all of them, until the commit. `num_ahead`: how many may be on their way at a time; None: as many as have places.
     """
 
     way: StagingWay
