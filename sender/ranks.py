@@ -28,6 +28,8 @@ from shared.errors import (
     error_from_wire,
 )
 
+_LOOK_S = 0.5
+
 _instances = itertools.count()  # senders are made in the same order on all ranks, as process groups are
 
 
@@ -39,6 +41,7 @@ class TrainerRanks:
         number = next(_instances)
         self._step = 0
         self._shares = 0
+        self._mine: list[str] = []  # what this rank has said, before the last meeting and since
         if dist.is_initialized() and dist.get_world_size() > 1:
             self.rank, self.size = dist.get_rank(), dist.get_world_size()
             store = dist.distributed_c10d._get_default_store()
@@ -58,28 +61,33 @@ class TrainerRanks:
         """
         if self._store is None:
             return True
-        num_shared = self._shares
+        num_said = len(self._mine)
         while True:
             step, self._step, self._shares = self._step, self._step + 1, 0
             if self._outcome(step) != "abandoned":
                 break
-        self._store.set(f"{step}/here/{self.rank}", json.dumps([what, holding]))
+        self._say(f"{step}/here/{self.rank}", json.dumps([what, holding]))
         deadline = time.monotonic() + self._timeout_s
         if self.is_leader:
             self._decide(step, what)
         outcome = self._await_outcome(step, deadline)
         if outcome.startswith("abandoned"):
             raise RankMissingError(f"{what}: {outcome.removeprefix('abandoned: ')}")
-        self._forget(step - 1, num_shared)
+        for key in self._mine[:num_said]:  # all ranks are here, and need nothing that was said before
+            self._store.delete_key(key)
+        del self._mine[:num_said]
         return outcome == "go"
 
     def _decide(self, step: int, what: str) -> None:
-        missing = [rank for rank in range(self.size) if not self._arrived(step, rank)]
+        places, missing = [f"{step}/here/{rank}" for rank in range(self.size)], list[int]()
         deadline = time.monotonic() + self._timeout_s
-        while missing and time.monotonic() < deadline and self._outcome(step) is None:
-            time.sleep(0.002)
-            missing = [rank for rank in missing if not self._arrived(step, rank)]
-        others = {r: json.loads(self._text(f"{step}/here/{r}")) for r in range(self.size) if r not in missing}
+        while not self._are_there(places, deadline):
+            if time.monotonic() >= deadline or self._outcome(step) is not None:
+                missing = [rank for rank, place in enumerate(places) if not self._store.check([place])]
+                break
+        here = [rank for rank in range(self.size) if rank not in missing]
+        told = self._store.multi_get([places[rank] for rank in here])
+        others = {rank: json.loads(bytes(said)) for rank, said in zip(here, told, strict=True)}
         strangers = {rank: call for rank, (call, _) in others.items() if call != what}
         verdict = "go" if len({holding for _, holding in others.values()}) <= 1 else "go, but they hold different plans"
         if missing:
@@ -87,36 +95,35 @@ class TrainerRanks:
         elif strangers:
             verdict = f"abandoned: other ranks called something else: {strangers}"
         self._store.compare_set(f"{step}/outcome", "", verdict)
+        self._mine.append(f"{step}/outcome")
 
     def _await_outcome(self, step: int, deadline: float) -> str:
-        while (outcome := self._outcome(step, whole=True)) is None:
-            if time.monotonic() > deadline + 1.0:  # the leader's own deadline comes first
+        deadline += 1.0  # the leader's own deadline comes first
+        while not self._are_there([f"{step}/outcome"], deadline):
+            if time.monotonic() >= deadline:
                 gone = f"abandoned: rank 0 did not call it within {self._timeout_s:.0f} s"
                 self._store.compare_set(f"{step}/outcome", "", gone)
-            time.sleep(0.002)
-        return outcome
+        return self._text(f"{step}/outcome")
 
-    def _outcome(self, step: int, whole: bool = False) -> str | None:
+    def _are_there(self, keys: list[str], deadline: float) -> bool:
+        """Whether all of `keys` have been said by `deadline`, or for a look in between: others may decide meanwhile."""
+        left_s = max(0.001, min(deadline - time.monotonic(), _LOOK_S))
+        try:
+            self._store.wait(keys, timedelta(seconds=left_s))
+        except dist.DistStoreError:
+            return False
+        return True
+
+    def _outcome(self, step: int) -> str | None:
         key = f"{step}/outcome"
-        if not self._store.check([key]):
-            return None
-        text = self._text(key)
-        return text if whole else text.split(":")[0]
+        return self._text(key).split(":")[0] if self._store.check([key]) else None
 
-    def _arrived(self, step: int, rank: int) -> bool:
-        return bool(self._store.check([f"{step}/here/{rank}"]))
+    def _say(self, key: str, text: str) -> None:
+        self._store.set(key, text)
+        self._mine.append(key)
 
     def _text(self, key: str) -> str:
         return bytes(self._store.get(key)).decode()
-
-    def _forget(self, step: int, num_shared: int) -> None:
-        if self.is_leader and step >= 0:
-            for rank in range(self.size):
-                self._store.delete_key(f"{step}/here/{rank}")
-            for number in range(num_shared):
-                self._store.delete_key(f"{step}/shared/{number}")
-                for rank in range(self.size):
-                    self._store.delete_key(f"{step}/shared/{number}/{rank}")
 
     def share(self, text: str | None, timeout_s: float) -> str:
         """The text that rank 0 gave, on all ranks. Call it in the same order everywhere, between two meetings.
@@ -130,7 +137,7 @@ class TrainerRanks:
         key, self._shares = f"{self._step - 1}/shared/{self._shares}", self._shares + 1
         if self.is_leader:
             assert text is not None
-            self._store.set(key, text)
+            self._say(key, text)
             return text
         try:
             self._store.wait([key], timedelta(seconds=timeout_s))
@@ -144,12 +151,12 @@ class TrainerRanks:
             return [text]
         number, self._shares = self._shares, self._shares + 1
         keys = [f"{self._step - 1}/shared/{number}/{rank}" for rank in range(self.size)]
-        self._store.set(keys[self.rank], text)
+        self._say(keys[self.rank], text)
         try:
             self._store.wait(keys, timedelta(seconds=timeout_s))
         except dist.DistStoreError as error:
             raise RankMissingError(f"a rank said nothing for {timeout_s:.0f} s: it died or hangs") from error
-        return [self._text(key) for key in keys]
+        return [bytes(said).decode() for said in self._store.multi_get(keys)]
 
     def tell_leader(self, text: str) -> list[str]:
         """The text of every rank, in order, on rank 0; nothing elsewhere. Call it in the same order everywhere.
@@ -162,7 +169,7 @@ class TrainerRanks:
         if self.is_leader:
             return self.tell_all(text, self._timeout_s)
         number, self._shares = self._shares, self._shares + 1
-        self._store.set(f"{self._step - 1}/shared/{number}/{self.rank}", text)
+        self._say(f"{self._step - 1}/shared/{number}/{self.rank}", text)
         return []
 
     def tell_leader_in_turn(self, text: str, of: Sequence[int], timeout_s: float) -> Iterator[tuple[int, str]]:
@@ -176,7 +183,7 @@ class TrainerRanks:
             return
         number, self._shares = self._shares, self._shares + 1
         if self.rank in of:
-            self._store.set(f"{self._step - 1}/shared/{number}/{self.rank}", text)
+            self._say(f"{self._step - 1}/shared/{number}/{self.rank}", text)
         deadline = time.monotonic() + timeout_s
         for rank in of if self.is_leader else ():
             key = f"{self._step - 1}/shared/{number}/{rank}"

@@ -248,3 +248,42 @@ def test_a_trainer_of_one_process_needs_no_group() -> None:
     lead.run(int, "no number")
     with pytest.raises(ValueError, match="no number"):
         lead.finish("", 0.1)
+
+
+def meet_many_times(rank: int) -> list[int]:
+    ranks, found = TrainerRanks(10.0), list[int]()
+    store = dist.distributed_c10d._get_default_store()
+    for number in range(40):
+        assert ranks.meet("push", "a plan")
+        assert ranks.tell_all(f"{rank}", 10.0) == ["0", "1", "2"]
+        assert ranks.share("said" if rank == 0 else None, 10.0) == "said"
+        assert ranks.tell_leader(f"{rank}") == (["0", "1", "2"] if rank == 0 else [])
+        in_turn = ranks.tell_leader_in_turn(f"{rank}", [2], 10.0)
+        assert list(in_turn) == ([(2, "2")] if rank == 0 else [])
+        dist.barrier()
+        if number % 10 == 9:
+            found.append(store.num_keys())
+        dist.barrier()
+    return found
+
+
+def test_what_was_said_is_forgotten() -> None:
+    """A run of weeks fills no store, and no rank does the work of all others for that."""
+    for found in run_on_ranks(meet_many_times, 3):
+        assert len(set(found)) == 1, found
+
+
+def test_a_meeting_is_over_as_soon_as_all_are_there() -> None:
+    for took_s in run_on_ranks(meet_quickly, 3):
+        assert took_s < 0.5, "nobody waits for a look"
+
+
+def meet_quickly(rank: int) -> float:
+    ranks, longest = TrainerRanks(10.0), 0.0
+    for number in range(5):
+        dist.barrier()
+        time.sleep(0.05 * ((rank + number) % 3))
+        started = time.monotonic()
+        ranks.meet("push")
+        longest = max(longest, time.monotonic() - started)
+    return longest
