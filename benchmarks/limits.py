@@ -1,9 +1,9 @@
-"""What no push between two devices can beat, measured with two processes that do nothing else.
+"""What no push between two devices can beat, measured with two processes that do nothing else; or within one device.
 
-    wire    bytes a second of one large broadcast from the first device to the second
+    wire    bytes a second of one large broadcast from the first device to the second; None within one
     copy    bytes a second, read and written, of one large copy within the first device
 
-`measure` starts the two processes; each of them runs `python -m benchmarks.limits RANK PORT BACKEND BYTES`.
+`measure` starts the processes; each of them runs `python -m benchmarks.limits RANK RANKS PORT BACKEND BYTES`.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class Limits(BaseModel):
     """Bytes a second."""
 
     device: str
-    wire: float
+    wire: float | None
     copied: float
 
-    def wire_s(self, num_bytes: int) -> float:
-        return num_bytes / self.wire
+    def wire_s(self, num_bytes: int) -> float | None:
+        return None if self.wire is None else num_bytes / self.wire
 
     def commit_s(self, num_bytes: int) -> float:
         """To copy an image of so many bytes over the parameters: each is read and written."""
@@ -43,11 +43,11 @@ class Limits(BaseModel):
 
 
 def measure(backend: str, num_bytes: int, environments: Sequence[Mapping[str, str]]) -> Limits:
-    """Of the devices that the two `environments` show. Raises: RuntimeError: a process failed, or took too long."""
+    """Of the one or two devices that `environments` show. Raises: RuntimeError: a process failed, or took too long."""
     port = str(free_port())
     started = [
         subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.limits", str(rank), port, backend, str(num_bytes)],
+            [sys.executable, "-m", "benchmarks.limits", *map(str, (rank, len(environments), port, backend, num_bytes))],
             env={**os.environ, **environment},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -65,7 +65,7 @@ def measure(backend: str, num_bytes: int, environments: Sequence[Mapping[str, st
             process.kill()
             process.wait()
     if any(process.returncode for process in started):
-        raise RuntimeError(f"the limits were not measured: {said[0][1][-500:]} {said[1][1][-500:]}")
+        raise RuntimeError(f"the limits were not measured: {' '.join(errors[-500:] for _, errors in said)}")
     return Limits.model_validate_json(said[0][0].splitlines()[-1])
 
 
@@ -83,23 +83,26 @@ def _median_s(step: Callable[[], object], device: torch.device) -> float:
     return statistics.median(times)
 
 
-def main(rank: int, port: int, backend: str, num_bytes: int) -> None:
+def main(rank: int, num_ranks: int, port: int, backend: str, num_bytes: int) -> None:
     device = torch.device("cuda", 0) if backend == "nccl" else torch.device("cpu")
-    timeout = timedelta(seconds=TIMEOUT_S)
-    store = dist.TCPStore("127.0.0.1", port, 2, rank == 0, timeout)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=2, timeout=timeout)
     buffer = torch.full((num_bytes,), rank, dtype=torch.uint8, device=device)
-    wire_s = _median_s(lambda: dist.broadcast(buffer, src=0), device)
-    if int(buffer[-1]) != 0:
-        raise RuntimeError("the broadcast did not arrive")
+    wire_s = None
+    if num_ranks > 1:
+        timeout = timedelta(seconds=TIMEOUT_S)
+        store = dist.TCPStore("127.0.0.1", port, num_ranks, rank == 0, timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=num_ranks, timeout=timeout)
+        wire_s = _median_s(lambda: dist.broadcast(buffer, src=0), device)
+        if int(buffer[-1]) != 0:
+            raise RuntimeError("the broadcast did not arrive")
     if rank == 0:
         target = torch.empty_like(buffer)
         copy_s = _median_s(lambda: target.copy_(buffer), device)
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-        found = {"device": name, "wire": num_bytes / wire_s, "copied": 2 * num_bytes / copy_s}
-        print(json.dumps(found), flush=True)
-    dist.destroy_process_group()
+        wire = None if wire_s is None else num_bytes / wire_s
+        print(json.dumps({"device": name, "wire": wire, "copied": 2 * num_bytes / copy_s}), flush=True)
+    if wire_s is not None:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4]))
+    main(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], int(sys.argv[5]))

@@ -16,9 +16,12 @@
     FSDP2       two trainer ranks, one beside the server on its GPU; gather included, in place (`--fsdp`)
 
 Flattened, one by one and BF16 go to `/update_weights_from_distributed` of a server with the same arguments, but for the
-plugin. Two sets of weights take turns; the first push of a way stands apart. Then every byte that the server holds is
-compared with the torch reference. A way that fails is a row that says so; the others run, and the exit status is 1.
-Memory is what rank 0's device holds beside its model at most, from before `prepare` on.
+plugin. With `--colocated` the server is on the trainer's GPU: there is no wire, and what is flattened goes to
+`/update_weights_from_tensor`, over CUDA IPC.
+
+Two sets of weights take turns; the first push of a way stands apart. Then every byte that the server holds is compared
+with the torch reference. A way that fails is a row that says so; the others run, and the exit status is 1. Memory is
+what rank 0's device holds beside its model at most, from before `prepare` on.
 
 How pushes grow: one run a size, into one folder, then `python -m benchmarks.scaling out/push/*.json`:
 
@@ -53,7 +56,7 @@ from benchmarks.load import load_row
 from benchmarks.proofs import GRAPH, check, graph_serves, has_graphs
 from benchmarks.push_arguments import NCCL, arguments, server_args
 from benchmarks.shapes import Trainer
-from benchmarks.stock_route import Grouped, StockRoute, buckets, quantized, staging_gb
+from benchmarks.stock_route import Grouped, StockRoute, TensorRoute, buckets, quantized, staging_gb
 from benchmarks.table import FLATTENED, Row, as_json, table
 from benchmarks.ways import SEEDS, Way, async_rows, push_row, stock_row
 from examples.local_server import LocalServer
@@ -216,6 +219,9 @@ def peers(run: Run, server: LocalServer, trainer: Trainer, wanted: dict[str, str
 
     def flattened() -> Row:
         grouped = Grouped(trainer.weights, run.config)
+        if run.chosen.colocated:
+            connect, num_pushes = partial(TensorRoute, server), run.num_peer_pushes
+            return stock_row(FLATTENED, connect, trainer, lambda r: r.push(grouped.buckets()), num_pushes, run.device)
         return _stock(run, FLATTENED, server, trainer, lambda route: route.push(grouped.buckets(), flattened=True))
 
     def one_by_one() -> Row:
@@ -225,6 +231,8 @@ def peers(run: Run, server: LocalServer, trainer: Trainer, wanted: dict[str, str
         return _stock(run, ONE_BY_ONE, server, trainer, push)
 
     run.row(FLATTENED, flattened, proof)
+    if run.chosen.colocated:
+        return
     if run.backend == "gloo":
         run.rows.append(Row(way=ONE_BY_ONE, note="left out: gloo carries no FP8 tensors"))
     else:
@@ -239,13 +247,13 @@ def bf16(run: Run, server: LocalServer, trainer: Trainer) -> None:
 
 
 def _stock(run: Run, way: str, server: LocalServer, trainer: Trainer, push: Callable[[StockRoute], int]) -> Row:
-    return stock_row(way, server, run.backend, trainer, push, run.num_peer_pushes, run.device)
+    return stock_row(way, partial(StockRoute, server, run.backend), trainer, push, run.num_peer_pushes, run.device)
 
 
 def measure_limits(run: Run) -> None:
     num_bytes = 1 << 30 if run.on_gpu else 16 << 20
     try:
-        run.limits = measure(run.backend, num_bytes, run.environments)
+        run.limits = measure(run.backend, num_bytes, run.environments[: 1 if run.chosen.colocated else 2])
         run.say(f"limits: {run.limits}")
     except Exception as error:
         traceback.print_exc()

@@ -43,6 +43,7 @@ def arguments(description: str | None, words: Sequence[str] | None = None) -> ar
     parser.add_argument("--load", type=int, nargs="+", default=[], metavar="STREAMS", help="so many requests generate")
     parser.add_argument("--in-flight", nargs="+", choices=get_args(InFlight), default=["retract", "keep"])
     parser.add_argument("--load-tokens", type=int, default=1000, help="that each request under load may generate")
+    parser.add_argument("--colocated", action="store_true", help="the server is on the trainer's GPU")
     parser.add_argument("--gpus", nargs=2, default=["0", "1"], metavar="GPU", help="of the trainer, of the server")
     parser.add_argument("--together", action="store_true", help="all servers are up from the start, in one memory")
     parser.add_argument("--mem-fraction-static", default="0.85", help="of the servers, on a GPU")
@@ -50,6 +51,10 @@ def arguments(description: str | None, words: Sequence[str] | None = None) -> ar
     parser.add_argument("--server-arg", action="append", default=[], metavar="WORD", help="more for every server")
     parser.add_argument("--deadline-s", type=float, default=540.0, help="the table is printed then, whatever runs")
     chosen = parser.parse_args(words)
+    if chosen.colocated:
+        chosen.gpus = [chosen.gpus[0]] * 2
+        if {"nccl", "memory"} & set(chosen.plane) or chosen.fsdp or chosen.bf16:
+            parser.error("--colocated: with --plane same_host or tcp, and without --fsdp and --bf16")
     try:
         chosen.case = with_experts(with_layers(MODELS[chosen.model], chosen.layers), chosen.experts)
     except ValueError as error:

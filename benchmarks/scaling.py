@@ -25,7 +25,8 @@ def summary(runs: Iterable[Mapping[str, Any]]) -> str:
         for row in map(Row.model_validate, run["rows"]):
             if row.failed or row.later_s is None:
                 continue
-            wire = "" if limits is None else f"{row.later_s / limits.wire_s(row.num_bytes):.2f}"
+            wire_s = None if limits is None else limits.wire_s(row.num_bytes)
+            wire = "" if wire_s is None else f"{row.later_s / wire_s:.2f}"
             cells = [
                 *(about["chosen"]["model"], str(about["num_layers"]), str(about["num_experts"]), row.way),
                 *(f"{row.num_bytes / 1e9:.3g}", f"{1e3 * row.pushes[0].total_s:.1f}", f"{1e3 * row.later_s:.1f}"),

@@ -1,4 +1,5 @@
-"""The weight updates that SGLang has on board, as peers of a push: `/update_weights_from_distributed`.
+"""The weight updates that SGLang has on board, as peers of a push: `/update_weights_from_distributed`, and for a
+trainer on the server's own GPU `/update_weights_from_tensor`.
 
 Buckets of named tensors go to one server of one rank, each as one flattened tensor or tensor by tensor. What makes
 them out of a trainer's weights is here, too: tensor by tensor (`quantized`), or with the kernels of a push, a few
@@ -10,6 +11,7 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import timedelta
 from itertools import accumulate
 from typing import Any
@@ -115,6 +117,71 @@ def flat(bucket: Named) -> Tensor:
     return whole[start - storage.data_ptr() : at[-1] - storage.data_ptr()]
 
 
+class Posts:
+    """Requests to `server`, one after the other, while the caller goes on."""
+
+    def __init__(self, server: LocalServer) -> None:
+        self._server, self._pool = server, ThreadPoolExecutor(1)
+        self._in_sessions = Version(importlib.metadata.version("sglang")) >= FIRST_WITH_SESSIONS
+
+    def post(self, path: str, body: dict[str, object]) -> Callable[[], None]:
+        """What is returned waits for the answer. Raises: RuntimeError: it is a refusal."""
+        reply = self._pool.submit(self._server.post, path, body)
+
+        def wait() -> None:
+            response = reply.result()
+            if response.status_code != 200 or not response.json()["success"]:
+                raise RuntimeError(f"{path}: {response.status_code} {response.text}")
+
+        return wait
+
+    @contextmanager
+    def updating(self) -> Iterator[None]:
+        """An update of weights, in as many parts as it takes; at its end no KV cache of the old ones is left."""
+        if self._in_sessions:
+            self.post("/begin_weight_update", {})()
+        yield
+        if self._in_sessions:
+            self.post("/end_weight_update", {})()
+        if (reply := self._server.post("/flush_cache")).status_code != 200:
+            raise RuntimeError(f"/flush_cache: {reply.text}")
+
+    def abandon(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+class TensorRoute:
+    """`/update_weights_from_tensor` of one server of one rank, which opens memory of this process: on a GPU over CUDA
+    IPC, elsewhere as a file of shared memory.
+    """
+
+    def __init__(self, server: LocalServer) -> None:
+        self._posts = Posts(server)
+        torch.multiprocessing.set_sharing_strategy("file_system")  # the other needs a parent in common
+
+    def push(self, of_tensors: Iterable[Named]) -> int:
+        """Update the server, a flattened tensor a bucket; the bytes that were sent."""
+        from sglang.srt.utils import MultiprocessingSerializer
+        from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket
+
+        num_bytes = 0
+        with self._posts.updating():
+            for bucket in of_tensors:
+                whole = flat(bucket)
+                described = FlattenedTensorBucket(named_tensors=[(n, t.to("meta")) for n, t in bucket]).get_metadata()
+                told = {"flattened_tensor": whole, "metadata": described}
+                if whole.is_cuda:
+                    torch.cuda.current_stream().synchronize()  # the other process does not wait for it
+                tensors = [MultiprocessingSerializer.serialize(told, output_str=True)]
+                body = {"serialized_named_tensors": tensors, "load_format": "flattened_bucket", "flush_cache": False}
+                self._posts.post("/update_weights_from_tensor", body)()
+                num_bytes += sum(tensor.nbytes for _, tensor in bucket)
+        return num_bytes
+
+    def abandon(self) -> None:
+        self._posts.abandon()
+
+
 class StockRoute:
     """`/update_weights_from_distributed` of one server of one rank, in a process group of its own.
 
@@ -124,12 +191,11 @@ class StockRoute:
     def __init__(self, server: LocalServer, backend: str = "gloo") -> None:
         from sglang.srt.utils import init_custom_process_group
 
-        self._server, self._pool = server, ThreadPoolExecutor(1)
-        self._in_sessions = Version(importlib.metadata.version("sglang")) >= FIRST_WITH_SESSIONS
+        self._posts = Posts(server)
         port = free_port()
         self._name = f"stock {port}"  # this process has one for each server
         body = {"master_address": "127.0.0.1", "master_port": port, "rank_offset": 1, "world_size": 2}
-        asked = self._post("/init_weights_update_group", {**body, "group_name": self._name, "backend": backend})
+        asked = self._posts.post("/init_weights_update_group", {**body, "group_name": self._name, "backend": backend})
         self._group: Any = init_custom_process_group(
             backend=backend,
             init_method=f"tcp://127.0.0.1:{port}",
@@ -146,43 +212,31 @@ class StockRoute:
         Returns when the server says that it is done, which on a GPU may be before its last copies are.
         """
         num_bytes = 0
-        if self._in_sessions:
-            self._post("/begin_weight_update", {})()
-        for bucket in of_tensors:
-            body = {
-                "names": [name for name, _ in bucket],
-                "dtypes": [str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket],
-                "shapes": [list(tensor.shape) for _, tensor in bucket],
-                "group_name": self._name,
-                "flush_cache": False,
-                "load_format": "flattened_bucket" if flattened else None,
-            }
-            done = self._post("/update_weights_from_distributed", body)
-            tensors = [flat(bucket)] if flattened else [tensor for _, tensor in bucket]
-            sent = [dist.broadcast(tensor, src=0, group=self._group, async_op=True) for tensor in tensors]
-            for work in sent:
-                assert work is not None  # this process is in the group
-                work.wait()
-            num_bytes += sum(tensor.nbytes for tensor in tensors)
-            done()
-        if self._in_sessions:
-            self._post("/end_weight_update", {})()
-        if (reply := self._server.post("/flush_cache")).status_code != 200:
-            raise RuntimeError(f"/flush_cache: {reply.text}")
+        with self._posts.updating():
+            for bucket in of_tensors:
+                num_bytes += self._send(bucket, flattened)
         return num_bytes
+
+    def _send(self, bucket: Named, flattened: bool) -> int:
+        body = {
+            "names": [name for name, _ in bucket],
+            "dtypes": [str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket],
+            "shapes": [list(tensor.shape) for _, tensor in bucket],
+            "group_name": self._name,
+            "flush_cache": False,
+            "load_format": "flattened_bucket" if flattened else None,
+        }
+        done = self._posts.post("/update_weights_from_distributed", body)
+        tensors = [flat(bucket)] if flattened else [tensor for _, tensor in bucket]
+        sent = [dist.broadcast(tensor, src=0, group=self._group, async_op=True) for tensor in tensors]
+        for work in sent:
+            assert work is not None  # this process is in the group
+            work.wait()
+        done()
+        return sum(tensor.nbytes for tensor in tensors)
 
     def abandon(self) -> None:
         """After a failure: end on this device what waits for a server that never came. The server keeps its end."""
         if dist.get_backend(self._group) == "nccl":
             dist.distributed_c10d._abort_process_group(self._group)
-        self._pool.shutdown(wait=False, cancel_futures=True)
-
-    def _post(self, path: str, body: dict[str, object]) -> Callable[[], None]:
-        reply = self._pool.submit(self._server.post, path, body)
-
-        def wait() -> None:
-            response = reply.result()
-            if response.status_code != 200 or not response.json()["success"]:
-                raise RuntimeError(f"{path}: {response.status_code} {response.text}")
-
-        return wait
+        self._posts.abandon()

@@ -63,10 +63,9 @@ def table(rows: Sequence[Row], limits: Limits | None) -> str:
     sent = next((row.num_bytes for row in rows if row.num_bytes), 0)  # FP8 ways come first
     lines = _head(columns)
     if limits is not None and sent:
-        what = (
-            (f"limit: the wire, {limits.wire / 1e9:.1f} GB/s", limits.wire_s(sent)),
-            (f"limit: a copy, {limits.copied / 1e9:.0f} GB/s read and written", limits.commit_s(sent)),
-        )
+        what = [(f"limit: a copy, {limits.copied / 1e9:.0f} GB/s read and written", limits.commit_s(sent))]
+        if limits.wire is not None:
+            what.insert(0, (f"limit: the wire, {limits.wire / 1e9:.1f} GB/s", sent / limits.wire))
         lines += [_line([name, _gb(sent), "", "", _ms(value), *[""] * (len(columns) - 5)]) for name, value in what]
     flattened = next((row.later_s for row in rows if row.way == FLATTENED), None)
     lines += [_line(_cells(row, limits, flattened)) for row in rows]

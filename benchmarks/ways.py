@@ -5,14 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import nn
 
-from benchmarks.stock_route import BUCKET_BYTES, StockRoute
+from benchmarks.stock_route import BUCKET_BYTES
 from benchmarks.table import Pushed, Row
-from examples.local_server import LocalServer
 from sender import FP8Sender
 from sender.report import PushReport
 from sender.sending_ranks import SendFrom
@@ -21,6 +20,7 @@ from shared.protocol import InFlight, PlaneName, StagingChoice
 
 SEEDS = (1, 2)  # of the two sets of weights; the last push is of the first
 PUSH_TIMEOUT_S = 90.0
+_Route = TypeVar("_Route", bound="Route")
 
 
 class Trains(Protocol):
@@ -152,21 +152,27 @@ def async_rows(
     ]
 
 
+class Route(Protocol):
+    """A way into a server that SGLang has on board."""
+
+    def abandon(self) -> None:
+        """After a failure: nothing waits for it any more."""
+
+
 def stock_row(
     way: str,
-    server: LocalServer,
-    backend: str,
+    connect: Callable[[], _Route],
     trainer: Trains,
-    push: Callable[[StockRoute], int],
+    push: Callable[[_Route], int],
     num_pushes: int,
     device: torch.device,
 ) -> Row:
-    """The same of `push`, which returns the bytes that it sent. `prepare` is the process group, without its
-    communicator, which the first push makes."""
+    """The same of `push`, which returns the bytes that it sent. `prepare` is what `connect` takes: of a process group,
+    without its communicator, which the first push makes."""
     import sglang.srt.utils  # noqa: F401  (takes seconds, which are not those of a process group)
 
     memory, pushes = Memory(device), []
-    prepared, route = memory.timed(lambda: StockRoute(server, backend))
+    prepared, route = memory.timed(connect)
     try:
         for number in range(1 + num_pushes):
             fill_for(trainer, number, 1 + num_pushes)

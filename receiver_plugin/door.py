@@ -131,9 +131,19 @@ class Door:
         return await self._shut_and_keep(message, message.shut, lambda deadline: self._begin_idle(message, deadline))
 
     async def _begin_idle(self, message: wire.Begin, deadline: float) -> wire.Reply:
-        reply = await self._ask_until_idle(message, deadline)
-        if reply.error is not None:  # also where nobody answered: who may have begun gives up before the door opens
+        if self._channel.num_replicas > 1:  # one that has begun cannot begin again while another is waited for
+            reply = await self._ask_until_idle(_could_begin(message, idle=True), deadline)
+            if reply.error is not None:
+                return reply
+            reply = await self._ask(message)
+        else:
+            reply = await self._ask_until_idle(message, deadline)
+        given_up = self._draining is not None and self._draining.given_up
+        if reply.error is not None or given_up:
+            # Also where nobody answered: who may have begun gives up before the door opens.
             await self._ask(wire.Release(session=message.session, version=message.version))
+        if reply.error is None and given_up:
+            return await self._failed("its push was given up as it began; nothing was touched")
         return reply
 
     async def commit(self, message: wire.Commit) -> wire.Reply:
@@ -340,8 +350,8 @@ class Door:
         return (await self._ask(wire.Describe())).model_copy(update={"error": error, "info": None})
 
 
-def _could_begin(message: wire.Begin) -> wire.Prepare:
-    return wire.Prepare(session=message.session, version=message.version, before="begin", idle=False)
+def _could_begin(message: wire.Begin, idle: bool = False) -> wire.Prepare:
+    return wire.Prepare(session=message.session, version=message.version, before="begin", idle=idle)
 
 
 def _prepare(message: wire.Commit | wire.Hold) -> wire.Prepare:

@@ -6,7 +6,7 @@
                                                              FENCED --full push--> SERVING
 
 Requests are served with the old weights up to the commit, or wait for it where a push arrives in memory that they use.
-Nothing but `_commit` writes to live parameters, after every rank has every byte in its staging image; a server that
+Nothing but `_commit` writes to live parameters, after every rank has every byte in its staging memory; a server that
 stages in place (`receiver_plugin.rooms`) is fenced where a transfer has written something and ends without its commit.
 
 `handle` runs on the scheduler's thread, between two batches, on all ranks with the same message; that is what makes
@@ -242,7 +242,7 @@ class Receiver:
         session = self._sessions.of(message.session)
         idle = message.idle if isinstance(message, wire.Prepare) else True
         if isinstance(message, wire.Prepare) and message.before == "begin":
-            self._prepare_to_begin(session, message.version, idle, look=True)
+            self._prepare_to_begin(session, message.version, idle, look=not idle)  # Begin looks, with the door shut
             return {}
         transfer = session.transfer_of(message.version)
         self._check_staged(transfer)

@@ -87,9 +87,13 @@ class Need:
         """Whether buckets lie in shared memory; what PyTorch has on a GPU can be exported as it is."""
         return self.exported and self.device.type == "cpu"
 
+    def can_lie_in(self, reserved: torch.Tensor) -> bool:
+        """Whether buckets can."""
+        return not self.is_shared or shared_memory.holds(reserved)
+
     def is_whole_in(self, reserved: torch.Tensor) -> bool:
         """Whether `reserved` can keep all buckets."""
-        return self.whole_bytes <= reserved.numel() and (not self.is_shared or shared_memory.holds(reserved))
+        return self.whole_bytes <= reserved.numel() and self.can_lie_in(reserved)
 
 
 @dataclass
@@ -138,7 +142,8 @@ def free_of(memory: Memory, taken: Iterable[int]) -> torch.Tensor | None:
     if (reserved := memory.reserved) is None:
         return None
     starts = [address - reserved.data_ptr() for address in taken]
-    return reserved[: min([start for start in starts if 0 <= start < reserved.numel()], default=reserved.numel())]
+    inside = [start for start in starts if 0 <= start < reserved.numel()]
+    return reserved[: min(inside)] if inside else reserved
 
 
 def obstacles(
@@ -150,11 +155,13 @@ def obstacles(
     """
     found: dict[StagingWay, str] = {}
     held = 0 if memory.reserved is None else memory.reserved.numel()
-    total = min(need.image_bytes + need.bucket_bytes, need.whole_bytes)
+    total, least = need.image_bytes + need.bucket_bytes, need.image_bytes
+    if memory.reserved is None or need.can_lie_in(memory.reserved):
+        total, least = min(total, need.whole_bytes), min(least, need.whole_bytes)
     if held < total:
         text = f"{held / 1e9:.2f} GB are reserved of {total / 1e9:.2f} GB"
         found["reserved"] = f"{text}: start the server with --fp8sync-staging {ceil(total / 1e7) / 100}"
-    elif free is not None and free.numel() < min(need.image_bytes, need.whole_bytes):
+    elif free is not None and free.numel() < least:
         found["reserved"] = "an earlier sender may still write to the reserved memory: it has to go on, or to end"
     try:
         lent = sum(buffer.numel() for buffer in _lent(memory))
@@ -212,7 +219,7 @@ def _reserved(need: Need, free: torch.Tensor) -> Room:
     if free.numel() < need.image_bytes:
         raise PlanError("the reserved memory is no longer free: an earlier sender may still write there")
     image, bucket = free[: need.image_bytes], free[need.image_bytes :]
-    fits = bucket.numel() >= need.bucket_bytes and (not need.is_shared or shared_memory.holds(free))
+    fits = bucket.numel() >= need.bucket_bytes and need.can_lie_in(free)
     return Room("reserved", [image], bucket[: need.bucket_bytes] if fits else _own_bucket(need), need.num_at_once)
 
 

@@ -1,8 +1,8 @@
 """A session: one sender's plan on this rank, and the thread on which its bytes arrive.
 
 The thread joins the data plane, then waits for pushes. For each it receives every bucket into the bucket buffer, takes
-the digest, and scatters the bucket over the staging image, or over the live parameters of a server that stages in
-place. It never talks to other ranks. Once a transfer has ended, its thread writes nothing more, wherever it is. An
+the digest, and leaves the bucket where it is, scatters it over the staging image, or over the live parameters of a
+server that stages in place. It never talks to other ranks. Once a transfer has ended, its thread writes nothing more, wherever it is. An
 error ends the push and is kept for the next control message; the sender makes a new session after it.
 
 Between pushes the thread looks whether the sender is still there. If it is gone, or no push can come any more, the
@@ -116,8 +116,7 @@ class Session:
         self.way, self._stage, self._device = way, stage, device
         self.exclusive = way != "reserved"  # its transfers use what requests use
         self._staging: Staging | None = None if self.exclusive else stage(None)
-        # From which address on its thread may still write after its end; of lent memory nobody needs to know.
-        self.writes_from = None if self._staging is None else self._staging.room.bucket.data_ptr()
+        self.writes_from: int | None = None  # the address from which on its thread may still write after its end
         self._left: Staging | None = None  # that of the last transfer, without its memory
         self.transfer: Transfer | None = None
         self.lost: str | None = None  # why no push can come through this session
@@ -157,6 +156,7 @@ class Session:
 
     def begin(self, version: int, deadline_s: float) -> None:
         self.transfer = Transfer(version, deadline_s, self.staging)
+        self.writes_from = self.staging.room.bucket.data_ptr()
         with self._wake:
             self._pending = self.transfer
             self._wake.notify()

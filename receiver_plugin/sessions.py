@@ -70,7 +70,8 @@ class Sessions:
 
         Raises: PlanError: no memory on some rank; there is no session then.
         """
-        found = collect(self._ranks, lambda: obstacles(need, self._memory, message.staging, self._free(_LINGER_S)))
+        patience_s = _LINGER_S if message.staging in ("auto", "reserved") else 0.0
+        found = collect(self._ranks, lambda: obstacles(need, self._memory, message.staging, self._free(patience_s)))
         way = choose(message.staging, found)
 
         def stage(left: Staging | None) -> Staging:
@@ -96,11 +97,15 @@ class Sessions:
 
     def _free(self, patience_s: float = 0.0) -> torch.Tensor | None:
         """What no earlier session may write to of the reserved memory; those that are about to end are waited for."""
-        end = time.monotonic() + patience_s
-        self._closed = [session for session in self._closed if session.lingers_for(end - time.monotonic())]
-        return free_of(
-            self._memory, [session.writes_from for session in self._closed if session.writes_from is not None]
-        )
+        end, reserved = time.monotonic() + patience_s, self._memory.reserved
+        self._closed = [session for session in self._closed if session.lingers_for(0.0)]
+        for session in self._closed if reserved is not None else ():
+            if free_of(self._memory, [session.writes_from or 0]) is not reserved:
+                session.lingers_for(end - time.monotonic())
+        free = free_of(self._memory, [session.writes_from or 0 for session in self._closed if session.lingers])
+        if patience_s and free is not reserved:
+            logger.warning("fp8sync: an earlier sender may still write to reserved memory: less of it is used")
+        return free
 
     def make_way(self, message: wire.Open) -> str | None:
         """End the push of a sender that is gone, or begins anew: a promise waits for nothing else but its deadline.

@@ -10,7 +10,6 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Collection, Iterator
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -71,8 +70,10 @@ def _reserve(runner: Any) -> torch.Tensor | None:
     device = next(runner.model.parameters()).device
     try:
         if device.type == "cpu":
-            with suppress(TransferError):  # what a trainer of this host can open, for plane='same_host'
+            try:  # what a trainer of this host can open, for plane='same_host'
                 return shared_memory.allocate(num_bytes)
+            except TransferError as error:
+                logger.info("fp8sync: staging is reserved in memory that no trainer can open: %s", error)
         return torch.empty(num_bytes, dtype=torch.uint8, device=device)
     except RuntimeError as error:
         raise SystemExit(

@@ -11,6 +11,7 @@ import select
 import ssl
 import time
 from collections import deque
+from collections.abc import Callable
 from functools import partial
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection, IncompleteRead
 from socket import socket
@@ -19,6 +20,8 @@ from urllib.parse import urlsplit
 
 from shared.errors import ConfigError, PushError, ServerUnreachableError
 from shared.protocol import MAX_BODY_BYTES
+
+_MOST_IDLE_S = 4.0  # servers close what is idle for 5 s, and what stands between may forget it without a word
 
 
 class Connections:
@@ -42,10 +45,10 @@ class Connections:
             raise ConfigError(f"the URL of {host} has a user in it: give the key as admin_key")
         self.name = url.rstrip("/")
         self.host, self.port = host, port or (443 if scheme == "https" else 80)
-        self._make: partial[HTTPConnection] = partial(HTTPConnection, host, self.port)
+        self._make: Callable[..., _Connection] = partial(_Connection, host, self.port)
         if scheme == "https":
-            self._make = partial(HTTPSConnection, host, self.port, context=ssl.create_default_context(cafile=ca_file))
-        self._idle = deque[HTTPConnection]()
+            self._make = partial(_SecureConnection, host, self.port, context=ssl.create_default_context(cafile=ca_file))
+        self._idle = deque[tuple[float, _Connection]]()  # since when
         self._closed = False
 
     def post(self, path: str, body: bytes, headers: dict[str, str], timeout_s: float) -> tuple[int, bytes]:
@@ -59,6 +62,7 @@ class Connections:
         try:
             connection.response_class = cast(Any, partial(_response, deadline=deadline))
             connection.request("POST", path, body, headers)
+            connection.leave(deadline)
             response = connection.getresponse()
             answer = _whole(self.name, response)
         except TimeoutError as error:
@@ -71,25 +75,50 @@ class Connections:
             if response is None or not response.isclosed() or response.will_close or self._closed:
                 connection.close()
             else:
-                self._idle.append(connection)
+                self._idle.append((time.monotonic(), connection))
         return response.status, answer
 
-    def _open(self, timeout_s: float) -> HTTPConnection:
+    def _open(self, timeout_s: float) -> _Connection:
         while True:
             try:
-                connection = self._idle.pop()
+                since, connection = self._idle.pop()
             except IndexError:
                 return self._make(timeout=timeout_s)
-            if connection.sock is not None and not _is_readable(connection.sock):
-                connection.sock.settimeout(timeout_s)
+            is_fresh = time.monotonic() - since < _MOST_IDLE_S
+            if is_fresh and connection.sock is not None and not _is_readable(connection.sock):
                 return connection
-            connection.close()  # the server has closed it, or said what nobody had asked
+            connection.close()  # the server has closed it, or may have, or said what nobody had asked
 
     def close(self) -> None:
         """Idempotent."""
         self._closed = True
         while self._idle:
-            self._idle.pop().close()
+            self._idle.pop()[1].close()
+
+
+class _Connection(HTTPConnection):
+    """Head and body of a request leave together: the other side is woken once."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._parts: list[Any] = []
+
+    def send(self, data: Any) -> None:
+        """What `request` writes is kept for `leave`."""
+        self._parts.append(data)
+
+    def leave(self, deadline: float) -> None:
+        """Connect if need be, and write. Raises: OSError: it did not leave; TimeoutError: not by `deadline`."""
+        whole, self._parts = b"".join(self._parts), []
+        self.timeout = max(0.001, deadline - time.monotonic())
+        if self.sock is None:
+            self.connect()
+        self.sock.settimeout(max(0.001, deadline - time.monotonic()))
+        super().send(whole)
+
+
+class _SecureConnection(_Connection, HTTPSConnection):
+    """The same over TLS."""
 
 
 def _is_readable(opened: socket) -> bool:

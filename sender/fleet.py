@@ -302,9 +302,13 @@ class Fleet:
         self._version, self._digests = version, {}
         self.half.begin(version)
         self._doors.begin()
-        begin = wire.Begin(session=self._session, version=version, deadline_s=self._timeout_s)
+        exclusive = [name for name in self.names if self.staging[name] != "reserved"]
+        # Who begins at once waits for bytes until requests have ended on the others.
+        deadline_s = self._timeout_s * (2 if exclusive and len(self.names) > 1 else 1)
+        deadline_s = min(deadline_s, wire.LONGEST_DEADLINE_S)
+        begin = wire.Begin(session=self._session, version=version, deadline_s=deadline_s)
         begins, wait_s = dict.fromkeys(self.names, begin), self._servers.answer_s
-        if exclusive := [name for name in self.names if self.staging[name] != "reserved"]:
+        if exclusive:
             shut, wait_s = self._doors.shut_to_begin(exclusive), self._doors.drained_s
             begins |= {name: begin.model_copy(update={"shut": shut}) for name in exclusive}
         replies = self._servers.each_its_own(list(begins.values()), wait_s)

@@ -90,7 +90,10 @@ class SendingHalf:
         `check`: raises if it must not leave. Raises: TransferError: it did not go out.
         """
         found = begin_digest(bucket, secret=self.secret, version=self.version, bucket=index)
+        plane: object = self.plane
         is_there, self._room = bucket is self._room, None  # kept no longer: it is memory of a server
+        if is_there and isinstance(plane, HasRoom):
+            plane.made(ahead=len(self._waiting))
         self._waiting.append(_Waiting(bucket, index, found, check))
         if not _leaves_later(bucket) or (is_there and not self._knows_place(ahead=len(self._waiting))):
             self._send_waiting()

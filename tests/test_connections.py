@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -82,6 +83,30 @@ def test_a_connection_that_the_server_has_closed_is_made_again(server: Echo) -> 
     server.says_goodbye = True
     assert post(connections, b"c") == post(connections, b"c") == b"c"
     assert server.num_connections == 3
+    connections.close()
+
+
+def test_a_connection_that_was_idle_for_long_is_not_trusted(server: Echo, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stands between may have forgotten it without a word: whoever waits for its answer waits in vain."""
+    connections = Connections(server.url)
+    assert post(connections, b"a") == b"a"
+    monkeypatch.setattr("sender.connections._MOST_IDLE_S", 0.0)
+    assert post(connections, b"b") == b"b"
+    assert server.num_connections == 2 and len(connections._idle) == 1
+    connections.close()
+
+
+def test_a_message_leaves_in_one_write(server: Echo, monkeypatch: pytest.MonkeyPatch) -> None:
+    connections, writes, send = Connections(server.url), list[bytes](), HTTPConnection.send
+
+    def noted(connection: HTTPConnection, data: bytes) -> None:
+        writes.append(data)
+        send(connection, data)
+
+    monkeypatch.setattr(HTTPConnection, "send", noted)
+    for body in (b"first", b"second"):
+        assert post(connections, body) == body
+    assert len(writes) == 2 and writes[1].startswith(b"POST /any ") and writes[1].endswith(b"\r\n\r\nsecond")
     connections.close()
 
 

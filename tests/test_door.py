@@ -438,6 +438,23 @@ def test_requests_do_not_wait_for_a_push_that_was_given_up_as_it_began(monkeypat
     assert run_early(steps, monkeypatch)[1][-2:] == ["release", "open"]
 
 
+def test_a_push_that_was_given_up_while_it_began_is_not_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def steps(schedulers: Receiving) -> None:
+        ask = schedulers.ask
+
+        async def give_up(message: Any) -> protocol.Reply:
+            if message.kind == "begin":
+                await schedulers.door.release("s")  # as an Abort does, whose question comes after this one
+            return await ask(message)
+
+        schedulers.door._ask = give_up
+        reply = await schedulers.door.begin(EARLY)
+        assert reply.error is not None and "given up as it began" in reply.error.message
+        assert schedulers.door.coming is None and not schedulers.exclusive
+
+    assert run_early(steps, monkeypatch)[1] == ["shut (wait)", "begin", "release", "open"]
+
+
 def test_the_door_opens_when_the_schedulers_have_given_the_push_up(monkeypatch: pytest.MonkeyPatch) -> None:
     async def steps(schedulers: Receiving) -> None:
         await schedulers.door.begin(EARLY)

@@ -13,11 +13,13 @@ import pytest
 from receiver_plugin import door as door_module
 from receiver_plugin.gate import FencedError
 from receiver_plugin.http import Control
+from sender import FP8Sender
 from shared import protocol
 from tests.replicas import Replicas
 from tests.staged import staged
 from tests.test_door import COMMIT, EARLY, HELD, HOLD, Schedulers
 from tests.test_http import PROMISE, FakeChannel
+from tests.tiny_models import Trainer
 
 WAIT_S = 0.15  # several looks
 
@@ -238,3 +240,25 @@ def test_a_replica_whose_requests_still_end_is_waited_for_before_any_promise() -
         server.send(protocol.Release(session=session, version=1))
         assert server.serves() == 1 and "abort" not in server.kinds
     sender.close()
+
+
+@pytest.mark.parametrize("busy", [0, 1])
+def test_replicas_begin_together_once_the_last_request_has_ended(busy: int) -> None:
+    """One that had begun could not begin again while another is waited for, and its server would stand still."""
+    server = Replicas()
+    with FP8Sender([server.client], plane="memory", staging="in_place", timeout_s=20.0) as sender:
+        sender.prepare(Trainer())
+        server.kinds.clear()
+        server.engines[busy].idle = False
+
+        def on_message(replica: int, message: Any) -> None:
+            server.engines[busy].idle = server.kinds.count("prepare") > 4
+
+        server.on_message = on_message
+        shut = protocol.Shut(drain_s=5.0, hold_s=20.0, in_flight="wait")
+        begin = protocol.Begin(session=sender._fleet._session, version=1, deadline_s=10.0, shut=shut)
+        with server._http:  # one event loop, so that the door stays shut
+            reply = server.send(begin)
+            assert reply.error is None and reply.state == "RECEIVING"
+            assert server.kinds.count("begin") == 1 and both(server) == ["RECEIVING"] * 2
+            assert server.send(protocol.Abort(session=begin.session, version=1, reason="over")).state == "SERVING"

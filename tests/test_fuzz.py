@@ -14,7 +14,6 @@ import random
 import socket
 import time
 from collections.abc import Callable, Iterator
-from http.client import HTTPConnection
 from typing import Any
 
 import pytest
@@ -25,6 +24,7 @@ from pydantic import BaseModel, ValidationError
 
 from receiver_plugin.probe import fingerprint
 from sender import FP8Sender
+from sender.connections import _Connection
 from sender.control import HttpControl, checked
 from shared import protocol
 from shared.errors import Fp8SyncError, PushError, ServerUnreachableError, TransferError
@@ -241,13 +241,13 @@ class Line(io.RawIOBase):
 def hear(control: HttpControl, parts: Iterator[bytes]) -> None:
     """The next call of `control` gets these parts as its answer."""
 
-    def connect(timeout: float) -> HTTPConnection:
-        connection = HTTPConnection("server", 1)
+    def connect(timeout: float) -> _Connection:
+        connection = _Connection("server", 1)
         connection.sock = Line(parts)
         return connection
 
     control._connections.close()
-    control._connections._make = connect  # type: ignore[assignment]
+    control._connections._make = connect
 
 
 @tries(200)

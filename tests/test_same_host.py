@@ -453,6 +453,32 @@ def test_a_rank_may_say_ahead_where_buckets_go(plane: SameHostSender, join: Any,
     del rooms, room
 
 
+def test_memory_that_kernels_may_yet_write_to_is_not_let_go(
+    plane: SameHostSender, join: Any, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As long as they may be asked to: what was asked, the device ends before the memory is unmapped."""
+
+    class OnGpu:
+        is_cuda = True
+
+    monkeypatch.setattr(same_host._Rank, "room", lambda rank, num_bytes, ahead: OnGpu())
+    (half,), memory = join(), allocate(2 * 128)
+    for at in (0, 128):
+        half.expect(memory[at : at + 128], 5.0)
+    assert soon(lambda: plane.knows_place(1))
+    for ahead in range(2):
+        assert plane.room(128, ahead) is not None
+        quiet = pool.submit(plane.until_quiet)
+        time.sleep(0.05)
+        assert not quiet.done()
+        plane.made(ahead)
+        quiet.result(5.0)
+    plane.room(128, 1)
+    for number in range(2):
+        plane.send(bucket(128), number)
+    plane.until_quiet()  # it was made elsewhere, after all
+
+
 def test_a_rank_that_says_too_much_ahead_is_refused(plane: SameHostSender, join: Any) -> None:
     (half,), memory = join(), allocate(128)
     for _ in range(7):

@@ -114,14 +114,16 @@ def test_strict_adds_nothing_where_the_door_is_shut_already() -> None:
 
 
 def test_servers_of_different_ways_in_one_push() -> None:
-    servers, model, begun = [Watched(way, way) for way in WAYS], Trainer(seed=3), list[bool]()
+    servers, model, begun = [Watched(way, way) for way in WAYS], Trainer(seed=3), list[protocol.Begin]()
     for server in servers:
-        server.on_message = lambda m: begun.append(m.shut is not None) if isinstance(m, protocol.Begin) else None
+        server.on_message = lambda m: begun.append(m) if isinstance(m, protocol.Begin) else None
     with made(*servers) as sender:
         report = sender.push(model)
     assert report.staging == {way: way for way in WAYS}
     assert all(fingerprint(server.model) == expected(model) for server in servers)
-    assert sorted(begun) == [False, True, True] and not any("hold" in server.kinds for server in servers)
+    assert sorted(begin.shut is not None for begin in begun) == [False, True, True]
+    assert not any("hold" in server.kinds for server in servers)
+    assert all(begin.deadline_s == 2 * 5.0 for begin in begun), "one may wait until requests have ended on another"
 
 
 @pytest.mark.parametrize("forced", WAYS)

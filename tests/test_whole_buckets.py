@@ -41,6 +41,12 @@ def staging_of(server: Watched) -> Staging:
     return session.staging
 
 
+def writes_from(server: Watched) -> int | None:
+    session = server.receiver._session
+    assert session is not None
+    return session.writes_from
+
+
 def packed(seed: int) -> torch.Tensor:
     """All buckets of `Trainer(seed)`, one behind the other."""
     trainer = Trainer(seed=seed)
@@ -177,11 +183,16 @@ def test_a_push_that_breaks_leaves_what_is_served(shared_server: Watched, monkey
 class Lingering:
     """A session whose thread does not end, because its sender is stopped."""
 
-    def __init__(self, reserved: torch.Tensor) -> None:
-        self.writes_from, self.is_there, self.waited_s = reserved.data_ptr(), True, 0.0
+    def __init__(self, reserved: torch.Tensor | None) -> None:
+        self.writes_from = None if reserved is None else reserved.data_ptr()
+        self.is_there, self.waited_s = True, 0.0
 
     def lingers_for(self, seconds: float) -> bool:
         self.waited_s = max(self.waited_s, seconds)
+        return self.is_there
+
+    @property
+    def lingers(self) -> bool:
         return self.is_there
 
 
@@ -206,6 +217,35 @@ def test_a_stopped_sender_keeps_reserved_memory_from_the_next_one() -> None:
     with pushing(server) as sender:
         assert sender.push(Trainer(seed=3)).staging == {"server": "reserved"}
     assert fingerprint(server.model) == expected(Trainer(seed=3))
+
+
+def test_a_session_that_never_began_a_push_writes_nowhere() -> None:
+    """Its thread may still wait for a sender that never came."""
+    server = Watched("reserved")
+    with pushing(server) as sender:
+        sender.prepare(Trainer())
+        assert writes_from(server) is None
+        sender.push(Trainer())
+        reserved = server.engine.memory.reserved
+        assert reserved is not None and writes_from(server) == reserved.data_ptr()
+    other = Lingering(None)
+    server.receiver._sessions._closed.append(other)  # type: ignore[arg-type]
+    with pushing(server) as sender:
+        assert sender.push(Trainer(seed=2)).staging == {"server": "reserved"}
+    assert other.waited_s == 0.0, "nobody waits for it"
+
+
+@pytest.mark.parametrize("staging", ["kv_pool", "in_place"])
+def test_who_needs_no_reserved_memory_waits_for_nobody(staging: Any) -> None:
+    server = Watched("reserved")
+    memory = server.engine.memory
+    assert memory.reserved is not None
+    memory.pool = [torch.zeros(8 << 20, dtype=torch.uint8)]
+    other = Lingering(memory.reserved)
+    server.receiver._sessions._closed.append(other)  # type: ignore[arg-type]
+    with pushing(server, staging=staging) as sender:
+        assert sender.push(Trainer(seed=2)).staging == {"server": staging}
+    assert other.waited_s <= 0.0
 
 
 def test_a_session_that_is_over_is_waited_for_no_longer_than_it_takes() -> None:

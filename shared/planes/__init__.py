@@ -37,6 +37,9 @@ class HasRoom(Protocol):
     def knows_place(self, ahead: int) -> bool:
         """Whether it is known where that bucket will lie."""
 
+    def made(self, ahead: int) -> None:
+        """All that makes that bucket, where there was room for it, was asked of the device: nothing more will be."""
+
 
 class ReceiveHalf(Protocol):
     def receive(self, bucket: torch.Tensor, timeout_s: float) -> int:

@@ -87,7 +87,7 @@ class SameHostSender:
         self._ranks: list[_Rank] = []
         self._under_way: deque[_Copy] = deque()
         self._num_sent, self._closed = 0, False
-        self._lent: set[int] = set()  # numbers of buckets whose memory of a GPU kernels have that this does not know
+        self._lent: set[int] = set()  # buckets, by number, that kernels may yet be asked to make in memory of a GPU
 
     def join(self, rendezvous: Rendezvous) -> None:
         """Raises: TransferError: not every server rank joined within `rendezvous.timeout_s`, or one is elsewhere."""
@@ -122,11 +122,16 @@ class SameHostSender:
         with self.changed:
             return bool(self._ranks) and len(self._ranks[0].places) > ahead
 
+    def made(self, ahead: int) -> None:
+        """What was asked of the device ends before that memory is unmapped (`CudaMapping.close`)."""
+        with self.changed:
+            self._lent.discard(self._num_sent + ahead)
+
     def send(self, bucket: torch.Tensor, digest: int) -> None:
         deadline = time.monotonic() + self._timeout_s
         with self.changed:
             number, self._num_sent = self._num_sent, self._num_sent + 1
-            self._lent.discard(number)  # what was made there is whole
+            self._lent.discard(number)  # made elsewhere, after all
             self._wait_for_places(number, deadline)
             places = [(rank, rank.places.popleft()) for rank in self._ranks]
             if wrong := tuple(rank.number for rank, place in places if place.num_bytes != bucket.numel()):
