@@ -3,7 +3,8 @@
 The thread joins the data plane, then waits for pushes. For each it receives every bucket into the bucket buffer, takes
 the digest, and leaves the bucket where it is, or scatters it over the staging image, or over the live parameters of a
 server that stages in place. It never talks to other ranks. Once a transfer has ended, its thread writes nothing more,
-wherever it is. An error ends the push and is kept for the next control message; the sender makes a new session after it.
+wherever it is. An error ends the push and is kept for the next control message; the sender makes a new session after
+it.
 
 Between pushes the thread looks whether the sender is still there. If it is gone, or no push can come any more, the
 thread ends; the next message, whoever sends it, ends the session.
