@@ -1,7 +1,8 @@
 """How much memory a rank sets apart for staging before SGLang turns all that is left into KV cache.
 
-`--fp8sync-staging auto|GB|0`. `auto` reserves an image of the rank's parameters and a bucket, unless that takes more
-than half of what the KV cache would get. Then a push stages in the KV cache itself, and the server stands still for it.
+`--fp8sync-staging auto|GB|0`. `auto` reserves what `receiver_plugin.rooms` needs, the weights once more and a little or
+some buckets beside them, unless that takes more than half of what the KV cache would get. Then a push stages in the KV
+cache itself, and the server stands still for it.
 """
 
 from __future__ import annotations
@@ -16,18 +17,19 @@ from shared.buckets import DEFAULT_BUCKET_BYTES
 from shared.errors import ConfigError
 
 AUTO = "auto"
+_LEAST_BESIDE = 64 << 20
 
 
 class Account(NamedTuple):
-    """Bytes of one rank: its image, its bucket, and what the KV cache would get if nothing were reserved."""
+    """Bytes of one rank: its image, what has to be beside it, what the KV cache would get if nothing were reserved."""
 
     image: int
-    bucket: int
+    beside: int
     for_kv: int
 
     @property
     def need(self) -> int:
-        return self.image + self.bucket
+        return self.image + self.beside
 
 
 def wish(text: str) -> int | None:
@@ -48,6 +50,13 @@ def image_bytes(model: nn.Module) -> int:
     return sum(aligned(tensor.nbytes) for tensor in destinations(model).values())
 
 
+def bytes_beside(model: nn.Module, tp_size: int) -> int:
+    """Beside an image. The only rank of a server keeps whole buckets in its place, where each checkpoint tensor begins
+    on a multiple of the alignment, not each parameter; others have a bucket buffer.
+    """
+    return max(image_bytes(model) // 64, _LEAST_BESIDE) if tp_size == 1 else bucket_bytes(model, tp_size)
+
+
 def bucket_bytes(model: nn.Module, tp_size: int) -> int:
     """A bucket of the usual size, or one for the largest checkpoint tensor and its scale, estimated from above; on a
     GPU one of the usual size beside it.
@@ -63,7 +72,7 @@ def bucket_bytes(model: nn.Module, tp_size: int) -> int:
 def reserved_bytes(wanted: int | None, ranks: list[Account], mine: int) -> tuple[int, str]:
     """How much rank `mine` of a server reserves, and why; `auto` reserves on all ranks or on none."""
     own = ranks[mine]
-    parts = f"an image of {own.image / 1e9:.2f} GB and a bucket of {own.bucket / 1e9:.2f} GB"
+    parts = f"the weights once more, {own.image / 1e9:.2f} GB, and {own.beside / 1e9:.2f} GB beside them"
     if wanted is not None:
         return wanted, f"--fp8sync-staging {wanted / 1e9:.2f}; {parts} would be needed"
     if any(2 * rank.need > rank.for_kv for rank in ranks):

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from sglang.version import __version__ as SGLANG_VERSION
 
-from receiver_plugin.reserve import Account, bucket_bytes, image_bytes, reserved_bytes, wish
+from receiver_plugin.reserve import Account, bytes_beside, image_bytes, reserved_bytes, wish
 from receiver_plugin.rooms import CannotLendError
 from receiver_plugin.sglang_surface import RUNNER, missing_of
 from shared.errors import TransferError
@@ -54,7 +54,7 @@ def _reserve(runner: Any) -> torch.Tensor | None:
         raise SystemExit(f"fp8sync: the model runner of SGLang {SGLANG_VERSION} has no {', '.join(missing)}")
     group = get_tp_group()
     account = Account(
-        image_bytes(runner.model), bucket_bytes(runner.model, group.world_size), _left_for_kv_cache(runner)
+        image_bytes(runner.model), bytes_beside(runner.model, group.world_size), _left_for_kv_cache(runner)
     )
     accounts: list[Any] = [None] * group.world_size
     if group.world_size > 1:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from receiver_plugin import entry, sglang_memory
-from receiver_plugin.reserve import Account, bucket_bytes, image_bytes, reserved_bytes, wish
+from receiver_plugin.reserve import Account, bucket_bytes, bytes_beside, image_bytes, reserved_bytes, wish
 from receiver_plugin.rooms import CannotLendError
 from receiver_plugin.sglang_memory import SglangMemory, buffers_of, reserve_staging
 from shared.buckets import DEFAULT_BUCKET_BYTES
@@ -59,6 +59,13 @@ def test_what_a_model_needs() -> None:
     assert bucket_bytes(Model().stack(1 << 8, 1 << 10, 1 << 14), 2) == DEFAULT_BUCKET_BYTES  # of which one expert comes
 
 
+def test_the_only_rank_of_a_server_needs_no_bucket_beside_its_weights() -> None:
+    assert bytes_beside(Model(), 1) == 64 << 20
+    huge = Model().stack(1 << 8, 1 << 12, 1 << 14)  # 16 GiB
+    assert bytes_beside(huge, 1) == image_bytes(huge) // 64
+    assert bytes_beside(huge, 2) == bucket_bytes(huge, 2)
+
+
 # ---- at the start of a scheduler
 
 
@@ -93,15 +100,15 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Any:
     return run
 
 
-NEED = 640 + 128 + DEFAULT_BUCKET_BYTES
+NEED = 640 + 128 + (64 << 20)
 
 
 @pytest.mark.parametrize(
     ("staging", "free_gib", "num_bytes"),
-    [("auto", 3.1, NEED), ("auto", 2.9, 0), ("0", 9.0, 0), ("0.1", 2.0, 10**8)],
+    [("auto", 2.2, NEED), ("auto", 2.1, 0), ("0", 9.0, 0), ("0.1", 2.0, 10**8)],
 )
 def test_memory_is_there_before_the_kv_cache(start: Any, staging: str, free_gib: float, num_bytes: int) -> None:
-    """2 GiB of the 4 are not SGLang's to use; 0.5 GiB are needed."""
+    """2 GiB of the 4 are not SGLang's to use; 0.0625 GiB are needed."""
     assert start(staging, free_gib) == num_bytes
 
 

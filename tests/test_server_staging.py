@@ -33,7 +33,7 @@ def made(server: LocalServer, staging: StagingChoice, **options: Any) -> FP8Send
 
 def test_what_was_reserved_is_in_the_log(pushed_server: LocalServer) -> None:
     log = pushed_server.log.read_text()
-    assert "GB reserved for staging (an image of" in log and "--max-total-tokens 2048 holds if" in log
+    assert "GB reserved for staging (the weights once more" in log and "--max-total-tokens 2048 holds if" in log
 
 
 @pytest.mark.parametrize("way", ["reserved", "kv_pool", "in_place"])
