@@ -1,7 +1,7 @@
 """What a server of Qwen3 or Qwen3-MoE has to hold after a push, worked out without the push's own code.
 
-Every weight is quantized by the torch reference, and put together as SGLang's models fuse their parameters on one rank.
-`expected` gives the fingerprints of `receiver_plugin.probe` for them.
+Every weight is quantized by the torch reference, cut as SGLang's models cut it for a rank, and put together as they
+fuse their parameters. `expected` gives the fingerprints of `receiver_plugin.probe` for them.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import re
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ _FUSED = {  # into what, as which part
     **{"gate_proj": ("gate_up_proj", 0), "up_proj": ("gate_up_proj", 1)},
 }
 _EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.(weight.*)")
+_BY_ROWS = {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "embed_tokens", "lm_head"}
+_BY_COLUMNS = {"o_proj", "down_proj"}
 _MOST_WAITING = 8  # tensors on the device whose bytes are being read
 
 
@@ -38,13 +41,47 @@ def place(name: str) -> tuple[str, int, int]:
     return ".".join(_FUSED[part][0] if part in _FUSED else part for part in parts), 0, number
 
 
-def fused(weights: Mapping[str, Tensor], config: FP8BlockConfig) -> Iterator[tuple[str, Tensor]]:
-    """SGLang's parameters, one after the other, from checkpoint tensors in any order."""
+@dataclass(frozen=True)
+class Rank:
+    """Number `index` of `size` tensor-parallel ranks. `whole_experts`: it has some experts, not a part of each."""
+
+    index: int = 0
+    size: int = 1
+    whole_experts: bool = False
+
+    def part(self, name: str, tensor: Tensor) -> Tensor:
+        """Its part of checkpoint tensor `name`, or of its scale: rows, columns, or all."""
+        if self.whole_experts and _EXPERT.fullmatch(name):
+            return tensor
+        module = name.split(".")[-2]
+        dim = 0 if module in _BY_ROWS else 1 if module in _BY_COLUMNS else None
+        return tensor if dim is None else tensor.chunk(self.size, dim)[self.index].contiguous()
+
+    def has(self, name: str, num_experts: int) -> bool:
+        expert = _EXPERT.fullmatch(name)
+        if not self.whole_experts or expert is None:
+            return True
+        return int(expert[2]) * self.size // num_experts == self.index
+
+
+ONLY_RANK = Rank()
+
+
+def fused(
+    weights: Mapping[str, Tensor], config: FP8BlockConfig, rank: Rank = ONLY_RANK
+) -> Iterator[tuple[str, Tensor]]:
+    """SGLang's parameters on `rank`, one after the other, from checkpoint tensors in any order."""
     parts: dict[str, list[str]] = {}
+    num_experts = 1 + max((place(name)[1] for name in weights), default=0)
     for name in weights:
-        parts.setdefault(place(name)[0], []).append(name)
+        if rank.has(name, num_experts):
+            parts.setdefault(place(name)[0], []).append(name)
     for target, names in parts.items():
         made = [_as_served(name, weights[name], config) for name in sorted(names, key=place)]
+        made = [
+            tuple(None if part is None else rank.part(name, part) for part in both)  # type: ignore[misc]
+            for name, both in zip(sorted(names, key=place), made, strict=True)
+        ]
         yield target, _together(target, [values for values, _ in made])
         scales = [scale for _, scale in made if scale is not None]
         if scales:
@@ -72,12 +109,12 @@ def _together(target: str, parts: list[Tensor]) -> Tensor:
     return whole.view(parts[0].dtype)
 
 
-def expected(weights: Mapping[str, Tensor], config: FP8BlockConfig) -> dict[str, str]:
+def expected(weights: Mapping[str, Tensor], config: FP8BlockConfig, rank: Rank = ONLY_RANK) -> dict[str, str]:
     """Name -> SHA-256 as `receiver_plugin.probe.fingerprint` has it."""
     found: dict[str, str] = {}
     waiting: deque[tuple[str, Future[str]]] = deque()
     with ThreadPoolExecutor(NUM_THREADS) as pool:
-        for name, tensor in fused(weights, config):
+        for name, tensor in fused(weights, config, rank):
             waiting.append((name, pool.submit(sha256, tensor)))
             if len(waiting) > _MOST_WAITING:
                 first, future = waiting.popleft()

@@ -1,12 +1,14 @@
-"""The row of `benchmarks.push --fsdp`: two trainer ranks, sharded by FSDP2, push; gather and quantizing are part of it.
+"""The row of `benchmarks.push --fsdp`, and those of `benchmarks.layouts`: trainer ranks, sharded by FSDP2, push; gather
+and quantizing are part of it.
 
-Rank 0 is on the first GPU; rank 1 is on the second one, beside the server that rank 0 streams to. Both are processes of
-their own, `python -m benchmarks.fsdp RANK JOB`, that `Ranks` starts; the process that starts them holds no weights
-meanwhile. A seed means the same weights as for `benchmarks.shapes.Trainer`, so what the server has to hold is the same.
+For the first, rank 0 is on one GPU, and rank 1 on the other one, beside the server. All are processes of their own,
+`python -m benchmarks.fsdp RANK JOB`, that `Ranks` starts; the process that starts them holds no weights meanwhile. A
+seed means the same weights as for `benchmarks.shapes.Trainer`, so what the servers have to hold is the same.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
@@ -23,29 +25,29 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from benchmarks.shapes import MODELS, draw, synchronize, with_experts, with_layers
+from benchmarks.shapes import MODELS, Trainer, draw, synchronize, with_experts, with_layers
 from benchmarks.table import Row
-from benchmarks.ways import Way, push_row
+from benchmarks.ways import Trains, Way, push_row
 from examples.local_server import free_port
 from shared.config import FP8BlockConfig
 from tests.zoo import Case
 
-NUM_RANKS = 2
 RANKS_S = 300.0  # for all that the ranks do
 MEETING_S = 120.0  # for one to wait for another
 
 
 class Job(BaseModel):
-    """What both ranks are told. `found`: the file for the row."""
+    """What all ranks are told. `urls`: of the servers; `found`: the file for the row."""
 
     model: str
     layers: int | None
     experts: int | None
     way: Way
-    url: str
+    urls: tuple[str, ...]
     num_pushes: int
     port: int
     found: Path
+    num_ranks: int = 2
 
     @property
     def case(self) -> Case:
@@ -89,10 +91,10 @@ def _rows_of(whole: torch.Tensor, rank: int, size: int) -> torch.Tensor:
 
 
 class Ranks:
-    """The processes of the trainer. `environments`: what is added to that of each; `log`: of rank 0 and 1, in words."""
+    """The processes of the trainer. `environments`: what is added to that of each; `log`: of each rank, in words."""
 
     def __init__(self, job: Job, environments: Sequence[Mapping[str, str]], log: Path) -> None:
-        self._job, self._logs = job, [log.with_name(f"{log.name}-rank-{rank}.log") for rank in range(NUM_RANKS)]
+        self._job, self._logs = job, [log.with_name(f"{log.name}-rank-{rank}.log") for rank in range(job.num_ranks)]
         self._processes: list[subprocess.Popen[bytes]] = []
         for rank, environment in enumerate(environments):
             with self._logs[rank].open("wb") as output:
@@ -129,16 +131,17 @@ class Ranks:
             process.wait()
 
 
-def job_of(model: str, layers: int | None, experts: int | None, way: Way, url: str, num_pushes: int, at: Path) -> Job:
+def job_of(chosen: argparse.Namespace, way: Way, urls: Sequence[str], at: Path, num_ranks: int = 2) -> Job:
     return Job(
-        model=model,
-        layers=layers,
-        experts=experts,
+        model=chosen.model,
+        layers=chosen.layers,
+        experts=chosen.experts,
         way=way,
-        url=url,
-        num_pushes=num_pushes,
+        urls=tuple(urls),
+        num_pushes=chosen.pushes,
         port=free_port(),
         found=at,
+        num_ranks=num_ranks,
     )
 
 
@@ -147,13 +150,13 @@ def main(rank: int, job: Job) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     timeout = timedelta(seconds=MEETING_S)
-    store = dist.TCPStore("127.0.0.1", job.port, NUM_RANKS, rank == 0, timeout)
+    store = dist.TCPStore("127.0.0.1", job.port, job.num_ranks, rank == 0, timeout)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=NUM_RANKS, timeout=timeout)
-    trainer = ShardedTrainer(job.case, device)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=job.num_ranks, timeout=timeout)
+    trainer: Trains = ShardedTrainer(job.case, device) if job.num_ranks > 1 else Trainer(job.case, device)
     trainer.fill(0)  # `prepare` reads the weights
-    row = push_row(job.way, job.url, trainer, FP8BlockConfig(), job.num_pushes, device)
-    row.way = f"{row.way}, FSDP2 on {NUM_RANKS} ranks"
+    row = push_row(job.way, job.urls, trainer, FP8BlockConfig(), job.num_pushes, device)
+    row.way = f"{row.way}, FSDP2 on {job.num_ranks} ranks" if job.num_ranks > 1 else row.way
     if rank == 0:
         job.found.write_text(row.model_dump_json())
     dist.barrier()

@@ -17,15 +17,17 @@ NEW_TOKENS = 64  # a server tells of one step in 40
 GRAPH = "a captured graph serves what was pushed"
 
 
-def check(server: LocalServer, wanted: Mapping[str, str]) -> str:
-    """What a server of one rank holds, against `wanted`. Raises: AssertionError: another byte; a missing tensor."""
-    (held,) = server.probe()
-    wrong, beside = compare(held, wanted)
-    if wrong:
-        raise AssertionError(
-            f"{len(wrong)} of {len(wanted)} tensors differ from the reference: {wrong[:3]}; has {beside[:3]}"
-        )
-    return f"{len(wanted)} tensors are bit for bit the reference's ({len(beside)} hold no weights)"
+def check(server: LocalServer, *wanted: Mapping[str, str]) -> str:
+    """What each rank of a server holds, against `wanted`. Raises: AssertionError: another byte; a missing tensor."""
+    num, num_beside = 0, 0
+    for rank, (held, of_rank) in enumerate(zip(server.probe(), wanted, strict=True)):
+        wrong, beside = compare(held, of_rank)
+        if wrong:
+            what = f"{len(wrong)} of {len(of_rank)} tensors differ from the reference"
+            where = f" on rank {rank}" if len(wanted) > 1 else ""
+            raise AssertionError(f"{what}{where}: {wrong[:3]}; has {beside[:3]}")
+        num, num_beside = num + len(of_rank), num_beside + len(beside)
+    return f"{num} tensors are bit for bit the reference's ({num_beside} hold no weights)"
 
 
 def graph_serves(way: Way, server: LocalServer, trainer: Trains, config: FP8BlockConfig) -> str:

@@ -200,7 +200,7 @@ def fsdp(run: Run, server: LocalServer, trainer: Trainer, wanted: dict[str, str]
         way = Way(chosen.plane[0], "in_place", bucket_bytes, send_from=send_from)
         name = f"{chosen.label}-fsdp-{number}" if number else f"{chosen.label}-fsdp"
         at = chosen.out / "logs" / f"{name}-row.json"
-        job = job_of(chosen.model, chosen.layers, chosen.experts, way, server.url, chosen.pushes, at)
+        job = job_of(chosen, way, [server.url], at)
         ranks = Ranks(job, _own_first(run), chosen.out / "logs" / name)
         run.running.append(ranks)
         run.row(f"{way}, FSDP2", ranks.row, partial(check, server, wanted))

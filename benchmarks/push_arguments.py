@@ -39,7 +39,7 @@ def arguments(description: str | None, words: Sequence[str] | None = None) -> ar
     parser.add_argument("--bf16", action="store_true", help="a third server, which serves BF16")
     parser.add_argument("--fsdp", action="store_true", help="two trainer ranks, and a server of their own")
     senders = ["rank_0", "auto", (0, 1), (1,)]
-    parser.add_argument("--send-from", nargs="+", type=_ranks, default=["rank_0"], metavar="RANKS", choices=senders)
+    parser.add_argument("--send-from", nargs="+", type=ranks_of, default=["rank_0"], metavar="RANKS", choices=senders)
     parser.add_argument("--load", type=int, nargs="+", default=[], metavar="STREAMS", help="so many requests generate")
     parser.add_argument("--in-flight", nargs="+", choices=get_args(InFlight), default=["retract", "keep"])
     parser.add_argument("--load-tokens", type=int, default=1000, help="that each request under load may generate")
@@ -70,7 +70,7 @@ def arguments(description: str | None, words: Sequence[str] | None = None) -> ar
     return chosen
 
 
-def _ranks(text: str) -> SendFrom:
+def ranks_of(text: str) -> SendFrom:
     """`0,1` as ranks, and a word as it is."""
     return text if text in ("rank_0", "auto") else tuple(map(int, text.split(",")))  # type: ignore[return-value]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -42,9 +42,9 @@ class Way:
     in_flight: InFlight = "wait"
     send_from: SendFrom = "rank_0"
 
-    def sender(self, url: str, config: FP8BlockConfig) -> FP8Sender:
+    def sender(self, url: str | Sequence[str], config: FP8BlockConfig) -> FP8Sender:
         return FP8Sender(
-            [url],
+            [url] if isinstance(url, str) else url,
             plane=self.plane,
             config=config,
             staging=self.staging,
@@ -101,7 +101,9 @@ def phases(report: PushReport) -> dict[str, float]:
     return {**report.seconds, "stood still": max(report.stood_still_s.values())}
 
 
-def push_row(way: Way, url: str, trainer: Trains, config: FP8BlockConfig, num_pushes: int, device: torch.device) -> Row:
+def push_row(
+    way: Way, url: str | Sequence[str], trainer: Trains, config: FP8BlockConfig, num_pushes: int, device: torch.device
+) -> Row:
     """The first push after `prepare`, then `num_pushes` more. Collective; the row of rank 0 is the one to read."""
     memory, pushes = Memory(device), []
     with way.sender(url, config) as sender:

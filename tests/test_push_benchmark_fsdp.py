@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,8 @@ def test_sharded_weights_are_those_of_the_whole_model() -> None:
 
 def test_a_rank_that_fails_is_told(tmp_path: Path) -> None:
     way = Way("tcp", "in_place", 1 << 20)
-    job = job_of("no such model", None, None, way, "http://127.0.0.1:9", 1, tmp_path / "row.json")
+    chosen = Namespace(model="no such model", layers=None, experts=None, pushes=1)
+    job = job_of(chosen, way, ["http://127.0.0.1:9"], tmp_path / "row.json")
     ranks = Ranks(job, [{}, {}], tmp_path / "log")
     try:
         with pytest.raises(RuntimeError, match=r"rank \d ended with code 1: "):
