@@ -101,7 +101,7 @@ def push_into_a_wide_window(rank: int) -> list[Any]:
                     found.append(server is None or fingerprint(server.model) == expected(Trainer(seed)))
                 assert report.num_buckets > 4
                 if server is not None and (session := server.receiver._session) is not None:
-                    num = session.staging.num_at_once
+                    num = session.staging.num_ahead
                     found.append(num == (len(senders) + 1 if usual > 1 << 20 else 2))
     return found
 
