@@ -112,6 +112,7 @@ class Leader:
         return report.model_dump_json()
 
     def fail(self, failure: BaseException) -> None:
+        self._wanted = None
         self._keeper.begin()
         self._fleet.fail(failure)
         self.end()

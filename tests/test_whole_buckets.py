@@ -196,13 +196,20 @@ class Lingering:
         return self.is_there
 
 
-def test_a_stopped_sender_keeps_reserved_memory_from_the_next_one() -> None:
+def beside_a_stopped_sender() -> tuple[Watched, Lingering]:
+    """A server that may stage in every way, and the session that lingers there."""
     server = Watched("reserved")
     memory = server.engine.memory
-    assert memory.reserved is not None
     memory.pool = [torch.zeros(8 << 20, dtype=torch.uint8)]
     other = Lingering(memory.reserved)
     server.receiver._sessions._closed.append(other)  # type: ignore[arg-type]
+    return server, other
+
+
+def test_a_stopped_sender_keeps_reserved_memory_from_the_next_one() -> None:
+    server, other = beside_a_stopped_sender()
+    memory = server.engine.memory
+    assert memory.reserved is not None
     untouched = memory.reserved.fill_(7).clone()
     with (
         pushing(server, staging="reserved") as sender,
@@ -237,12 +244,7 @@ def test_a_session_that_never_began_a_push_writes_nowhere() -> None:
 
 @pytest.mark.parametrize("staging", ["kv_pool", "in_place"])
 def test_who_needs_no_reserved_memory_waits_for_nobody(staging: Any) -> None:
-    server = Watched("reserved")
-    memory = server.engine.memory
-    assert memory.reserved is not None
-    memory.pool = [torch.zeros(8 << 20, dtype=torch.uint8)]
-    other = Lingering(memory.reserved)
-    server.receiver._sessions._closed.append(other)  # type: ignore[arg-type]
+    server, other = beside_a_stopped_sender()
     with pushing(server, staging=staging) as sender:
         assert sender.push(Trainer(seed=2)).staging == {"server": staging}
     assert other.waited_s <= 0.0
