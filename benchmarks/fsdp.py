@@ -152,7 +152,8 @@ def main(rank: int, job: Job) -> None:
     timeout = timedelta(seconds=MEETING_S)
     store = dist.TCPStore("127.0.0.1", job.port, job.num_ranks, rank == 0, timeout)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=job.num_ranks, timeout=timeout)
+    bound = device if device.type == "cuda" else None  # else a barrier guesses it from the rank
+    dist.init_process_group(backend, store=store, rank=rank, world_size=job.num_ranks, timeout=timeout, device_id=bound)
     trainer: Trains = ShardedTrainer(job.case, device) if job.num_ranks > 1 else Trainer(job.case, device)
     trainer.fill(0)  # `prepare` reads the weights
     row = push_row(job.way, job.urls, trainer, FP8BlockConfig(), job.num_pushes, device)

@@ -95,7 +95,7 @@ def test_memory_of_expandable_segments_is_refused(plane: SameHostSender) -> None
 
 def test_a_sender_without_a_gpu_is_refused(plane: SameHostSender) -> None:
     plane.gpu = None
-    with pytest.raises(TransferError, match="rank 0 has none"):
+    with pytest.raises(TransferError, match="this trainer rank has none"):
         Peer(plane, "0", 2, SIZES)
 
 
