@@ -103,7 +103,7 @@ def one_way(model: nn.Module, num_ranks: int, device: str, bucket_bytes: int) ->
     """Median seconds of a push without its servers, from the first rank's start to the last one's end; all digests."""
     config, source = FP8BlockConfig(), ModuleSource(model, num_ranks)
     plan, gatherer = plan_of(source, bucket_bytes), Gatherer(FP8BlockConfig())
-    packer = Packer(plan.layout, config, torch.device(device), plan.quantized_early)
+    packer = Packer(plan.layout, config, torch.device(device), plan.early)
 
     def push() -> Iterator[Tensor]:
         gathering = gatherer.begin(source, plan)

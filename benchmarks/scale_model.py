@@ -97,8 +97,8 @@ class Offered:
         return tuple(rows_of(name, shape, num_ranks) for name, shape in self.shapes.items())
 
     def sharding(self, num_ranks: int) -> Sharding:
-        """As `sender.sharding.sharding_of` finds it: matrices and experts."""
-        return Sharding(tuple(rows for rows in self.rows(num_ranks) if len(self.shapes[rows.name]) > 1))
+        """As `sender.sharding.sharding_of` finds it."""
+        return Sharding(self.rows(num_ranks))
 
     @cached_property
     def num_parameters(self) -> int:
@@ -115,7 +115,7 @@ def _wanted(name: str, shape: tuple[int, ...], dtype: str) -> ManifestTensor:
 class Planned:
     """`plan_rows` of one rank in a process of its own: seconds of processor and, if traced, the most memory it took.
 
-    On rank 0 only: `chunk_bytes`, what every rank sends to rank 0 in a push, and `num_bytes`, codes and scales of them.
+    On rank 0 only: `chunk_bytes`, what every rank sends to rank 0 in a push, and `num_bytes`, codes and scales of that.
     `num_maxima`: values of the all-reduce ahead of a push.
     """
 

@@ -231,12 +231,9 @@ class Receiver:
         transfer = self._sessions.of(message.session).transfer_of(message.version)
         if not all(gather(self._ranks, transfer.done.is_set())):
             return {}  # still RECEIVING: the sender asks again
-        self._stage(transfer, message.digests)
-        return {}
-
-    def _stage(self, transfer: Transfer, digests: tuple[int, ...]) -> None:
-        collect(self._ranks, lambda: transfer.verify(digests))
+        collect(self._ranks, lambda: transfer.verify(message.digests))
         transfer.verified = True  # STAGED is a word about all ranks
+        return {}
 
     def _prepare(self, message: wire.Prepare | wire.Hold) -> dict[str, Any]:
         session = self._sessions.of(message.session)
@@ -263,11 +260,19 @@ class Receiver:
     def _commit(self, message: wire.Commit) -> dict[str, Any]:
         session = self._sessions.of(message.session)
         transfer = session.transfer_of(message.version)
-        collect(self._ranks, lambda: self._ready_to_commit(session, message.in_flight, idle=True))
-        if message.digests is not None and not transfer.verified:  # the last bucket may have come meanwhile
-            if not all(gather(self._ranks, transfer.done.wait(_LAST_BUCKET_S))):
-                raise StillComingError(f"version {message.version} is still on its way; nothing was touched")
-            self._stage(transfer, message.digests)
+        digests = None if transfer.verified else message.digests
+
+        def arrived() -> bool:
+            self._ready_to_commit(session, message.in_flight, idle=True)
+            if digests is None:
+                return True
+            if there := transfer.done.wait(_LAST_BUCKET_S):  # the last bucket may have come meanwhile
+                transfer.verify(digests)
+            return there
+
+        if not all(collect(self._ranks, arrived)):
+            raise StillComingError(f"version {message.version} is still on its way; nothing was touched")
+        transfer.verified |= digests is not None
         self._check_staged(transfer)
         self._fence = f"version {message.version} was copied in part only"  # until every rank says otherwise
         try:

@@ -46,6 +46,7 @@ class Transfer:
         self.done = threading.Event()
         self.writing = threading.Lock()  # held while a bucket is taken: nothing ends a transfer in the middle of that
         self.cancelled = threading.Event()
+        self.taken: list[Callable[[], int]] = []  # what waits for the digest of each bucket that has come
         self.digests: list[int] = []
         self.error: str | None = None
         self.own_fault = False  # of this rank, not of the data plane
@@ -269,6 +270,7 @@ class Session:
                     coming.append((bucket.index, sent))
                 while coming:
                     self._take(plane, transfer, *coming.popleft(), stream)
+                transfer.digests = [found() for found in transfer.taken]
                 if self.exclusive:
                     plane.release(transfer.remaining_s())
         except Fp8SyncError as error:
@@ -277,6 +279,9 @@ class Session:
             transfer.own_fault = True
             logger.exception("fp8sync: receiving version %d failed", transfer.version)
             return f"{type(error).__name__}: {error}"
+        finally:
+            if stream is not None:
+                stream.synchronize()
         return None
 
     def _tell_places(self, plane: ReceiveHalf, transfer: Transfer, num_told: int, until: int) -> int:
@@ -296,8 +301,7 @@ class Session:
         with transfer.writing:
             transfer.check_wanted()
             try:
-                found = transfer.staging.accept(index, sent, self._digest(transfer.version))
-                transfer.digests.append(found)
+                transfer.taken.append(transfer.staging.accept(index, sent, self._digest(transfer.version)))
             finally:
-                if stream is not None:
+                if stream is not None and not transfer.staging.room.whole:
                     stream.synchronize()  # on errors, too: who takes the lock next may free the memory

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import pickle
+import struct
 from collections.abc import Callable
 from functools import lru_cache
 from importlib import import_module
@@ -23,6 +25,7 @@ from receiver_plugin.sglang_refusals import Backends, refused_copies, refused_la
 from shared import protocol as wire
 from shared.errors import IncompatibleServerError
 
+_SIZE, _SHORT = struct.Struct("<Q"), 1024
 # In newer releases, in older ones.
 _EMBEDDING_MODULES = ("sglang.srt.managers.mm_schedule", "sglang.srt.managers.mm_utils")
 
@@ -47,11 +50,22 @@ class TpRanks:
         self.size = scheduler.tp_group.world_size
 
     def gather(self, item: Any) -> list[Any]:
+        """One collective for what is short, as most is; `dist.all_gather_object` takes two for everything."""
         if self.size == 1:
             return [item]
-        items: list[Any] = [None] * self.size
-        dist.all_gather_object(items, item, group=self._group)
-        return items
+        data = pickle.dumps(item)
+        told = self._exchange(_SIZE.pack(len(data)) + data[:_SHORT], _SIZE.size + _SHORT)
+        longest = max(_SIZE.unpack_from(each)[0] for each in told)
+        parts = [each[_SIZE.size :] for each in told] if longest <= _SHORT else self._exchange(data, longest)
+        return [pickle.loads(part) for part in parts]  # of processes of this server, over a group of their own
+
+    def _exchange(self, data: bytes, num_bytes: int) -> list[bytes]:
+        """`data` of every rank, followed by zeros up to `num_bytes`."""
+        mine = torch.zeros(num_bytes, dtype=torch.uint8)
+        mine[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        found = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(found, mine, group=self._group)
+        return [each.numpy().tobytes() for each in found]
 
 
 class SglangEngine:

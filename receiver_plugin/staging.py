@@ -148,8 +148,10 @@ class Staging:
                     of.append(part)
         return to, of
 
-    def accept(self, index: int, sent: int, begin: Callable[[torch.Tensor, int], Callable[[], int]]) -> int:
-        """Take bucket `index`, which has arrived, and return its digest. `sent`: the one sent ahead of it.
+    def accept(
+        self, index: int, sent: int, begin: Callable[[torch.Tensor, int], Callable[[], int]]
+    ) -> Callable[[], int]:
+        """Take bucket `index`, which has arrived; what waits for its digest. `sent`: the one sent ahead of it.
 
         `begin` begins to take the digest, and what it returns waits for it.
 
@@ -160,7 +162,7 @@ class Staging:
         if self._in_place and found() != sent:
             raise TransferError(f"the bytes of bucket(s) [{index}] are not those that were sent")
         self.scatter(index)
-        return found()
+        return found
 
     def scatter(self, index: int) -> None:
         """Spread bucket `index`, which has arrived, over the image, or over the live parameters; or leave it there."""

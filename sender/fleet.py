@@ -55,6 +55,13 @@ def longest_push_s(timeout_s: float) -> float:
     return 5 * timeout_s + JOIN_TIMEOUT_S + 14 * CONTROL_TIMEOUT_S
 
 
+def _last_ones(sizes: Sequence[int]) -> int:
+    """From which bucket on, and with it the one before, they wait for the commit to go out ahead of them: two, or
+    three where the last is so small that it would come before the server has understood the commit.
+    """
+    return max(len(sizes) - (2 if 2 * sizes[-1] < max(sizes) else 1), 0)
+
+
 class Fleet:
     """The servers, the data plane to them, and the push under way.
 
@@ -91,9 +98,10 @@ class Fleet:
         self._closed = False
         self._version = self._newest = 0
         self._early: Future[None] | None = None  # the beginning of this push
+        self._lost: Exception | None = None  # why that failed, if the servers are to be asked what they are now
         self._begun = False
         self._digests: dict[int, int] = {}  # of what other ranks have sent, by the number of the bucket
-        self._num_buckets = 0
+        self._last_ones = 0  # the first bucket that waits for the commit to go out ahead of it
         self._transaction: Transaction | None = None
         self._tried_again = False  # with all servers, because nobody was to blame
 
@@ -164,17 +172,13 @@ class Fleet:
         `begin`: the version that is to begin if they are. `begin_early` has begun it, or it does now: whoever begins
         has been asked. `ask`: else; if not, a session that is open counts as theirs, and `begin` finds out.
         """
-        early, self._early = self._early, None
-        lost = None
+        lost, self._lost = self._lost, None
         try:
-            if early is not None:
-                early.result()
-                return True, self._newest
-            if begin is not None and self.is_open:
-                self.begin(begin)
+            if lost is None and (self.begins_early or (begin is not None and self.is_open)):
+                self.begin(self._version if begin is None else begin)
                 return True, self._newest
         except (SessionLostError, ServerUnreachableError) as error:
-            lost = error  # a server that has started again is a new one, and no loss
+            lost, self._lost = error, None  # a server that has started again is a new one, and no loss
         self._forget_push()
         if not ask and self.is_open:
             return True, self._newest
@@ -219,7 +223,7 @@ class Fleet:
             raise PushError("a server answered an offer without a manifest")
         agree(offered, manifests, self._config)
         plan = PushPlan(offered, make_layout(next(iter(manifests.values())), bucket_bytes))
-        self._num_buckets = len(plan.layout.buckets)
+        self._last_ones = _last_ones([bucket.num_bytes for bucket in plan.layout.buckets])
         return plan
 
     def draw_session(self) -> str:
@@ -280,23 +284,39 @@ class Fleet:
         """The newest version that was seen on any of the servers."""
         return self._newest
 
-    def begin_early(self, version: int) -> None:
-        """`begin`, if a session is open, on a thread of its own; `survey` waits for it.
+    @property
+    def begins_early(self) -> bool:
+        """Whether servers hear of the push just now, and `begin` waits for them."""
+        return self._early is not None
 
-        Not where requests would have to end for it: the trainer has not yet looked at its own model.
+    def begin_early(self, version: int, looked: bool = False) -> None:
+        """`begin`, if a session is open, on a thread of its own, unless that was done already.
+
+        `looked`: whether the trainer has looked at its own model. Before that no request has to end for it.
         """
+        if self._early is not None or self._begun:
+            return
         self._forget_push()
-        if self.is_open and set(self.staging.values()) == {"reserved"}:
-            self._early = self._servers.on_a_thread(lambda: self.begin(version))
+        if self._lost is None and self.is_open and (looked or set(self.staging.values()) == {"reserved"}):
+            self._early = self._servers.on_a_thread(lambda: self._begin(version))
 
     def begin(self, version: int) -> None:
         """From here on every server receives. Those that stage where requests run are drained first, and stay shut.
 
         Nothing, where this push has begun.
         """
-        if self._begun:
-            assert version == self._version
-            return
+        early, self._early = self._early, None
+        try:
+            if early is not None:
+                early.result()
+        except (SessionLostError, ServerUnreachableError) as error:
+            self._lost = error
+            raise
+        if not self._begun:
+            self._begin(version)
+        assert version == self._version
+
+    def _begin(self, version: int) -> None:
         if not 0 <= version <= wire.MOST_VERSION:
             raise StaleVersionError(f"{version} is no version: they are whole numbers from 0 to {wire.MOST_VERSION}")
         self._version, self._digests = version, {}
@@ -323,8 +343,7 @@ class Fleet:
 
         Raises: TransferError: it did not go out; where a server knows why, its `ReceiveError`.
         """
-        is_last = index == self._num_buckets - 1
-        waits = is_last and self._commits_unasked and self._senders == (0,)  # the commit goes out ahead of the last two
+        waits = index >= self._last_ones and self._commits_unasked and self._senders == (0,)
         self._with_blame(lambda: self.half.send(bucket, index, check, waits))
 
     def room(self, num_bytes: int) -> torch.Tensor | None:
@@ -475,9 +494,12 @@ class Fleet:
     def leave_out_the_guilty(self, failure: Exception) -> bool:
         """Whether the push is to be made again: without the servers that made it fail, if a quorum is left.
 
-        It is what the trainer did wrong, or decided already: then it is not. If nobody can be named, all get one more
+        It is what the trainer did wrong, or decided already: then it is not. Where servers that began early have lost
+        the session, they are asked what they are now, whatever the quorum. If nobody can be named, all get one more
         try. Raises: PushError: too few servers are left.
         """
+        if self._lost is not None and failure is self._lost:
+            return True
         decided = self._transaction is not None and self._transaction.decided
         if self._servers.quorum is None or decided or by_the_trainer(failure):
             return False

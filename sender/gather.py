@@ -49,7 +49,7 @@ class Gathering:
     def gather(self, bucket: Bucket) -> Gathered:
         """Collective. Valid on the rank that sends it, until the next bucket."""
         rows = self._rows.gather(bucket.index, self._source.sharding) if self._rows is not None else None
-        late = [name for name in bucket.names if name not in self._plan.quantized_early]
+        late = [name for name in bucket.names if name not in self._plan.early]
         return Gathered(self._source.gather(late, self._plan.sender_of(bucket), self._plan.senders), late, rows)
 
 
@@ -62,7 +62,7 @@ class Gatherer:
 
     def begin(self, source: WeightSource, plan: PushPlan) -> Gathering:
         """Collective, before the first bucket."""
-        if not plan.quantized_early:
+        if not plan.early:
             self._rows = None
         elif self._rows is None or self._rows.plan is not plan.rows or self._rows.device != source.sharding.device:
             self._rows = None  # its memory goes first

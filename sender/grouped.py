@@ -3,7 +3,7 @@
     sort     once, and again when a weight has moved: which launch each tensor belongs to, as tables on the device
     pack     every push: one launch for each kind of tensor in the bucket
 
-A tensor that no launch can take (columns that are not next to each other, fp32 copies) is packed by itself.
+A tensor that no launch can take (columns that are not next to each other, fp32 that stays so) is packed by itself.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class GroupedBucket:
                         zero_scale=self._config.zero_scale,
                     )
                 else:
-                    copy_many(*tables, packed, nonfinite, dtype=kind.dtype)
+                    copy_many(*tables, packed, nonfinite, dtype=kind.dtype, even=kind.even)
         for entry in self._alone:
             self._pack_one(entry, weights[entry.tensor.name], packed)
 
@@ -137,8 +137,9 @@ def _kind(entry: Entry, weight: Tensor, device: torch.device) -> _Kind | None:
         return None
     on_16_bytes = weight.data_ptr() % 16 == 0
     if entry.scale is None:
-        fits = weight.dtype == entry.values.dtype and weight.dtype in (torch.bfloat16, torch.float16)
-        return _Kind(False, weight.dtype, True) if fits and on_16_bytes and weight.is_contiguous() else None
+        wire = torch.bfloat16 if weight.dtype == torch.float32 else weight.dtype
+        fits = weight.dtype in WEIGHT_DTYPES and entry.values.dtype == wire and weight.is_contiguous()
+        return _Kind(False, weight.dtype, on_16_bytes) if fits else None
     if weight.dtype not in WEIGHT_DTYPES or weight.stride(1) != 1:
         return None
     rows, cols = weight.shape

@@ -1,7 +1,8 @@
 """`sender.rows.RowsBackend` on a GPU: a few launches a bucket, however many tensors it holds.
 
 The tables of all launches are made once, and again when a parameter has moved. Whole blocks are a smaller tensor, which
-`sender.triton_grouped` quantizes; rows of blocks that cross ranks are `sender.triton_rows`'.
+`sender.triton_grouped` quantizes, as it copies what is not quantized; rows of blocks that cross ranks are
+`sender.triton_rows`'.
 """
 
 from __future__ import annotations
@@ -9,18 +10,19 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from sender.rows_plan import BucketRows, Part, RowsPlan
-from sender.triton_grouped import quantize_many
+from sender.triton_grouped import COPY_ELEMENTS, copy_many, quantize_many
 from sender.triton_rows import MOVE_WORDS, amax_rows, move, quantize_rows
 from shared.config import FP8BlockConfig
 from shared.numerics import BLOCK
 
 _Places = list[tuple[int, torch.dtype]]
+_Work = Literal["whole blocks", "crossing", "copy"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class _Launch:
     """What one launch has in common, and its tables on the device: `where`, `tasks`, and the task of every program."""
 
     dtype: torch.dtype
-    crosses: bool
+    work: _Work
     even: bool
     tables: tuple[Tensor, Tensor, Tensor]
 
@@ -54,11 +56,13 @@ class GroupedRows:
         flags = bucket.flags_of(chunk)
         with _on(chunk.device):
             for launch in self._launches[index]:
-                if launch.crosses:
-                    quantize_rows(*launch.tables, amax, chunk, flags, dtype=launch.dtype, **self._options)
+                dtype, even = launch.dtype, launch.even
+                if launch.work == "crossing":
+                    quantize_rows(*launch.tables, amax, chunk, flags, dtype=dtype, **self._options)
+                elif launch.work == "copy":
+                    copy_many(*launch.tables, chunk, flags, dtype=dtype, even=even)
                 else:
-                    even = launch.even
-                    quantize_many(*launch.tables, chunk, flags, dtype=launch.dtype, even=even, **self._options)
+                    quantize_many(*launch.tables, chunk, flags, dtype=dtype, even=even, **self._options)
 
     def unpack(self, index: int, chunks: Tensor, packed: Tensor) -> None:
         bucket = self._buckets[index]
@@ -86,31 +90,43 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
 
 
 def _launches(parts: Iterable[Part], rows: Sequence[Tensor]) -> Iterator[_Launch]:
-    groups: dict[tuple[torch.dtype, bool, bool], list[Part]] = {}
+    groups: dict[tuple[torch.dtype, _Work, bool], list[Part]] = {}
     for part in parts:
-        held, crosses = rows[part.parameter], part.amax_at is not None
-        groups.setdefault((held.dtype, crosses, not crosses and _is_even(part, held)), []).append(part)
+        held, work = rows[part.parameter], _work(part)
+        groups.setdefault((held.dtype, work, work != "crossing" and _is_even(part, held)), []).append(part)
     for kind, members in groups.items():
-        yield _Launch(*kind, _tables(members, rows, crosses=kind[1]))
+        yield _Launch(*kind, _tables(members, rows, kind[1]))
+
+
+def _work(part: Part) -> _Work:
+    if part.copied_as is not None:
+        return "copy"
+    return "crossing" if part.amax_at is not None else "whole blocks"
+
+
+def _address(part: Part, held: Tensor) -> int:
+    return held.data_ptr() + part.first_row * part.num_cols * held.element_size()
 
 
 def _is_even(part: Part, held: Tensor) -> bool:
-    """Whole blocks only, and every address and row a multiple of 16 bytes."""
-    whole = part.num_rows % BLOCK == 0 and part.num_cols % BLOCK == 0
-    address = held.data_ptr() + part.first_row * part.num_cols * held.element_size()
-    return whole and address % 16 == 0 and part.codes_at % 16 == 0 and part.num_cols < 1 << 24
+    """Every address a multiple of 16 bytes; if it is quantized, whole blocks only, and every row such a multiple."""
+    on_16_bytes = _address(part, held) % 16 == 0 and part.codes_at % 16 == 0
+    whole = part.num_rows % BLOCK == 0 and part.num_cols % BLOCK == 0 and part.num_cols < 1 << 24
+    return on_16_bytes and (whole or part.copied_as is not None)
 
 
-def _tables(parts: list[Part], rows: Sequence[Tensor], crosses: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _tables(parts: list[Part], rows: Sequence[Tensor], work: _Work) -> tuple[Tensor, Tensor, Tensor]:
     where, tasks, sizes, first = [], [], [], 0
     for part in parts:
         held, block_cols = rows[part.parameter], -(-part.num_cols // BLOCK)
-        where.append((held.data_ptr() + part.first_row * part.num_cols * held.element_size(), part.num_cols))
+        where.append((_address(part, held), part.num_cols))
         scale_at = -1 if part.scale_at is None else part.scale_at
-        task = (first, block_cols, part.num_rows, part.num_cols, part.codes_at, scale_at, part.flag)
-        tasks.append((*task, part.amax_at) if crosses else task)
-        sizes.append(-(-part.num_rows // BLOCK) * block_cols)
-        first += sizes[-1]
+        num_rows, num_cols = (1, part.num_rows * part.num_cols) if work == "copy" else (part.num_rows, part.num_cols)
+        task = (first, block_cols, num_rows, num_cols, part.codes_at, scale_at, part.flag)
+        tasks.append((*task, part.amax_at) if work == "crossing" else task)
+        programs = -(-num_cols // COPY_ELEMENTS) if work == "copy" else -(-num_rows // BLOCK) * block_cols
+        sizes.append(programs)
+        first += programs
     device = rows[0].device
     return (
         torch.tensor(where, dtype=torch.int64).to(device),

@@ -73,7 +73,7 @@ class Holder:
         if self._packer is None or self._packed_by is not plan:
             self._packer, self._packed_by = None, plan  # its memory goes first
             mine = plan.buckets_of(self._rank)
-            self._packer = Packer(plan.layout, self._config, gathered.device, plan.quantized_early, mine)
+            self._packer = Packer(plan.layout, self._config, gathered.device, plan.early, mine)
         if bucket.index < len(plan.senders):  # the first of this rank
             self._packer.begin()
         into = room if room is not None and room.device == gathered.device else None

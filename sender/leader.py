@@ -44,10 +44,18 @@ class Leader:
         self._fleet.begin_early(self._wanted)
 
     def plan(self, source: WeightSource, planned: PushPlan | None, ask: bool) -> str:
-        """The plan as text, "" if `planned` still holds. `ask`: the servers; else `begin` finds out whether it does."""
+        """The plan as text, "" if `planned` still holds. `ask`: the servers; else `begin` finds out whether it does.
+
+        So it does where they hear of the push while the first bucket is made.
+        """
         self._turns.begin_push()
         holds = planned is not None and planned.offered == source.tensors
         wanted, self._wanted = self._wanted, None
+        if holds and wanted is not None and self._sending.is_rank_0:  # else others have to know that it has begun
+            self._fleet.begin_early(wanted, looked=True)
+            if self._fleet.begins_early:
+                self._newest = self._fleet.newest
+                return ""
         still_open, self._newest = self._fleet.survey(ask, begin=wanted if holds else None)
         if still_open and holds:
             return ""
@@ -93,7 +101,7 @@ class Leader:
             version=self._version,
             num_tensors=len(plan.layout.tensors),
             num_quantized=plan.num_quantized,
-            num_quantized_early=len(plan.quantized_early),
+            num_quantized_early=plan.num_quantized_early,
             num_buckets=len(plan.layout.buckets),
             bf16_bytes=plan.bf16_bytes,
             wire_bytes=plan.layout.num_bytes,

@@ -25,7 +25,7 @@ _MANIFEST = TypeAdapter(tuple[ManifestTensor, ...])
 
 @dataclass(frozen=True)
 class PushPlan:
-    """What is sent, in which buckets, for the offer `offered`. `rows`: which of it is quantized before the gather.
+    """What is sent, in which buckets, for the offer `offered`. `rows`: which of it comes as rows of every rank.
 
     `senders`: the trainer ranks that send; bucket i is packed and sent by the one that is number i modulo their number.
     """
@@ -49,9 +49,13 @@ class PushPlan:
         return replace(self, rows=plan_rows(self.layout, sharding, cuts, rank, num_ranks, self.senders))
 
     @property
-    def quantized_early(self) -> frozenset[str]:
-        """The tensors that the ranks quantize before the gather."""
+    def early(self) -> frozenset[str]:
+        """The tensors of which every rank quantizes, or copies, its rows before the gather."""
         return self.rows.names if self.rows is not None else frozenset()
+
+    @cached_property
+    def num_quantized_early(self) -> int:
+        return sum(tensor.quantized and tensor.name in self.early for tensor in self.layout.tensors)
 
     @cached_property
     def num_quantized(self) -> int:

@@ -1,4 +1,4 @@
-"""Quantize before the gather: every rank its rows, then codes and scales to one (`sender.rows_plan` has the layout).
+"""Quantize before the gather: every rank its rows, then what it made to one (`sender.rows_plan` has the layout).
 
     begin      once a push: one MAX all-reduce over the magnitudes of all blocks that cross ranks, if there are any
     quantize   every bucket: this rank's chunk
@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from sender.quantize import backend_name, quantize_into
+from sender.quantize import backend_name, copy_into, quantize_into
 from sender.rows_plan import BucketRows, Part, RowsPlan
 from sender.sharding import Sharding
 from shared.buckets import Slot
@@ -59,6 +59,9 @@ class TorchRows:
         flags = bucket.flags_of(chunk)
         for part in bucket.parts:
             mine, flag = _rows_of(part, rows), flags[part.flag : part.flag + 1]
+            if part.copied_as is not None:
+                copy_into(mine, Slot("", tuple(mine.shape), part.copied_as, part.codes_at).view(chunk), flag)
+                continue
             shape = scale_shape(*mine.shape)
             codes = Slot("", tuple(mine.shape), torch.float8_e4m3fn, part.codes_at).view(chunk)
             scale = Slot("", shape, torch.float32, part.scale_at).view(chunk) if part.scale_at is not None else None

@@ -1,20 +1,20 @@
-"""Quantize before the gather: what each trainer rank quantizes, and how it lies in what goes to the rank that packs.
+"""Quantize before the gather: what each trainer rank makes of its rows, and how it lies in what goes to who packs.
 
 A rank quantizes the rows that it holds of a tensor, as up to three parts: rows of a block that begins on an earlier
 rank, whole blocks, and the first rows of a block that ends on a later rank. For the first and the last, which cross,
 the largest magnitudes of all ranks are put together ahead of the push, in one buffer for the whole model; the rank with
-the first row of a block writes its scale.
+the first row of a block writes its scale. Of a tensor that is not quantized it copies its rows.
 
 For every bucket a rank sends one chunk, flat uint8: the bytes of the bucket that are its own (codes of its rows, scales
-of the blocks that begin in them), in the order of the bucket, then an int32 for each tensor that it has rows of, not 0
-where it found inf or NaN. Bytes that are neighbours in the bucket, or have nothing but alignment between them, stay
-together, so that a rank's experts are one run of bytes.
+of the blocks that begin in them, rows as they are), in the order of the bucket, then an int32 for each tensor that it
+has rows of, not 0 where it found inf or NaN. Bytes that are neighbours in the bucket, or have nothing but alignment
+between them, stay together, so that a rank's experts are one run of bytes.
 
     rank 1's chunk   | codes of its rows of q_proj | their scales | experts 16-31, codes and scales | flags |
 
 Made once, from facts that are the same on every rank (`sender.sharding`), so no message says which way a tensor goes.
-A tensor goes this way if it is quantized and is a run of whole rows of a parameter that is sharded by rows; an expert
-is, in a parameter of all experts. All others are gathered whole and quantized where they are packed.
+A tensor goes this way if it is a run of whole rows of a parameter that is sharded by rows; an expert is, in a parameter
+of all experts. All others are gathered whole and quantized where they are packed.
 
 Buckets are packed by `senders` in turn (rank 0 alone, unless several ranks send). Of the chunks of other ranks a rank
 lays out those of the buckets that it packs itself, and no others.
@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from math import prod
 
 import torch
 
@@ -33,6 +34,7 @@ from shared.buckets import ALIGNMENT_BYTES, Entry, Layout, Slot
 from shared.numerics import BLOCK
 
 FLAG_BYTES = 4
+_COPIES = {("torch.bfloat16",) * 2, ("torch.float16",) * 2, ("torch.float32", "torch.bfloat16")}
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Part:
     They are rows `first_row` and following of what the rank holds of parameter number `parameter`. `codes_at` and
     `scale_at` are bytes in the chunk; the scale is another rank's where `scale_at` is None. `flag`: the number of the
     tensor's flag in the chunk. `amax_at`: where the row of blocks has its ceil(num_cols/128) values in the buffer.
+    `copied_as`: not quantized, but copied, in this type; `codes_at` is where to.
     """
 
     parameter: int
@@ -52,6 +55,7 @@ class Part:
     scale_at: int | None
     flag: int
     amax_at: int | None
+    copied_as: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ class BucketRows:
 
 @dataclass(frozen=True)
 class RowsPlan:
-    """`names`: the tensors that are quantized before the gather. `buckets`: by number, None for one without any.
+    """`names`: the tensors that come so, quantized or copied. `buckets`: by number, None for one without any.
     `num_amax`: values in the buffer of the blocks that cross ranks. `num_bytes`: codes and scales of all ranks.
     `senders`: bucket i goes to the rank that is number i modulo their number."""
 
@@ -115,8 +119,8 @@ def plan_rows(
     for bucket in layout.buckets:
         maker.begin(packs=senders[bucket.index % len(senders)] == rank)
         for entry in bucket.entries:
-            if entry.scale is not None and (source := sources.get(entry.tensor.name)) is not None:
-                maker.add(entry, entry.scale, number, *source)
+            if (source := sources.get(entry.tensor.name)) is not None and _fits(entry, sharding, source):
+                maker.add(entry, number, *source)
             number += 1
         maker.end()
     names, buckets = frozenset(maker.names), tuple(maker.buckets)
@@ -125,17 +129,28 @@ def plan_rows(
 
 
 def held_bytes(layout: Layout, sharding: Sharding, cuts: Cuts, num_ranks: int) -> list[int]:
-    """Codes and scales that each rank quantizes for those that pack; 0 where tensors are gathered whole."""
+    """What each rank makes of its rows for those that pack; 0 where tensors are gathered whole."""
     sources, held = dict(_sources(sharding, cuts)), [0] * num_ranks
     for bucket in layout.buckets:
         for entry in bucket.entries:
-            if entry.scale is None or (source := sources.get(entry.tensor.name)) is None:
+            if (source := sources.get(entry.tensor.name)) is None or not _fits(entry, sharding, source):
                 continue
-            (parameter, first_row), (rows, cols) = source, entry.tensor.shape
-            for rank, first, stop in _spread(sharding.parameters[parameter], first_row, rows):
-                num_blocks = -(-stop // BLOCK) - -(-first // BLOCK)  # those that begin in these rows
-                held[rank] += (stop - first) * cols + num_blocks * entry.scale.num_bytes // entry.scale.shape[0]
+            parameter, first_row = sharding.parameters[source[0]], source[1]
+            rows = prod(entry.tensor.shape) // parameter.num_cols
+            for rank, first, stop in _spread(parameter, first_row, rows):
+                held[rank] += (stop - first) * parameter.num_cols * entry.values.dtype.itemsize
+                if entry.scale is not None:
+                    num_blocks = -(-stop // BLOCK) - -(-first // BLOCK)  # those that begin in these rows
+                    held[rank] += num_blocks * entry.scale.num_bytes // entry.scale.shape[0]
     return held
+
+
+def _fits(entry: Entry, sharding: Sharding, source: tuple[int, int]) -> bool:
+    """Whether blocks of `entry` are blocks of the rows of its parameter; without blocks, whether rows can be copied."""
+    parameter, shape = sharding.parameters[source[0]], entry.tensor.shape
+    if entry.scale is not None:
+        return len(shape) == 2 and shape[1] == parameter.num_cols
+    return (parameter.dtype, str(entry.values.dtype)) in _COPIES
 
 
 def _spread(held: ShardedRows, first_row: int, num_rows: int) -> Iterator[tuple[int, int, int]]:
@@ -154,12 +169,15 @@ def _sources(sharding: Sharding, cuts: Cuts) -> Iterator[tuple[str, tuple[int, i
 
 
 def _is_rows(cut: Cut, parameter: ShardedRows) -> bool:
-    if len(cut.shape) != 2 or cut.shape[1] != parameter.num_cols or cut.offset % parameter.num_cols:
+    num_elements = prod(cut.shape)
+    if not num_elements or num_elements % parameter.num_cols or cut.offset % parameter.num_cols:
         return False
-    wanted = (parameter.num_cols, 1)
-    return all(
-        length == 1 or stride == want for length, stride, want in zip(cut.shape, cut.strides, wanted, strict=True)
-    )
+    inner = 1
+    for length, stride in zip(reversed(cut.shape), reversed(cut.strides), strict=True):
+        if length != 1 and stride != inner:
+            return False
+        inner *= length
+    return True
 
 
 class _Chunk:
@@ -220,29 +238,50 @@ class _Maker:
         rows = BucketRows(tuple(self._parts), mine.flags_at, mine.num_bytes, tuple(sizes), tuple(runs), tuple(flags))
         self.buckets.append(rows if self._is_used else None)
 
-    def add(self, entry: Entry, scale: Slot, number: int, parameter: int, first_row: int) -> None:
+    def add(self, entry: Entry, number: int, parameter: int, first_row: int) -> None:
         """Tensor `number`, which begins at row `first_row` of `parameter`."""
-        (rows, cols), held = entry.tensor.shape, self._parameters[parameter]
+        held, scale = self._parameters[parameter], entry.scale
+        rows, cols = prod(entry.tensor.shape) // held.num_cols, held.num_cols
         self._is_used = True
         self.names.append(entry.tensor.name)
-        self.num_bytes += entry.values.num_bytes + scale.num_bytes
-        amax_at = self._crossing(rows, cols, first_row, held.rows_per_rank)
+        self.num_bytes += entry.values.num_bytes + scale.num_bytes if scale is not None else 0
+        amax_at = self._crossing(rows, cols, first_row, held.rows_per_rank) if scale is not None else {}
+        row_bytes = cols * entry.values.dtype.itemsize
         for rank, first, stop in _spread(held, first_row, rows):
             chunk = self._chunks.get(rank)
             if chunk is None:
                 continue
-            codes_at = chunk.place(entry.values, first * cols, stop * cols)
-            first_block, end_block = -(-first // BLOCK), -(-stop // BLOCK)  # those that begin in these rows
-            row_bytes, scales_at = scale.num_bytes // scale.shape[0], 0
-            if first_block < end_block:
-                scales_at = chunk.place(scale, first_block * row_bytes, end_block * row_bytes)
-            if rank == self._rank:
-                for a, b in _cut_at_blocks(first, stop, rows):
-                    scale_at = scales_at + (a // BLOCK - first_block) * row_bytes if a % BLOCK == 0 else None
-                    at = codes_at + (a - first) * cols
-                    place = (parameter, first_row + a - held.of(rank)[0], b - a, cols)
-                    self._parts.append(Part(*place, at, scale_at, len(chunk.flags), amax_at.get(a // BLOCK)))
+            at = chunk.place(entry.values, first * row_bytes, stop * row_bytes)
+            if scale is not None:
+                self._add_blocks(chunk, scale, (first, stop, rows), amax_at, rank, (parameter, first_row, cols, at))
+            elif rank == self._rank:
+                place = (parameter, first_row + first - held.of(rank)[0], stop - first, cols)
+                self._parts.append(Part(*place, at, None, len(chunk.flags), None, entry.values.dtype))
             chunk.flags.append(number)
+
+    def _add_blocks(
+        self,
+        chunk: _Chunk,
+        scale: Slot,
+        span: tuple[int, int, int],
+        amax_at: dict[int, int],
+        rank: int,
+        place: tuple[int, int, int, int],
+    ) -> None:
+        """`span`: first row, the one after the last, rows of the tensor; `place`: parameter, its row that is the first
+        of the tensor, columns, and where in the chunk the codes are."""
+        (first, stop, rows), (parameter, first_row, cols, codes_at) = span, place
+        first_block, end_block = -(-first // BLOCK), -(-stop // BLOCK)  # those that begin in these rows
+        row_bytes, scales_at = scale.num_bytes // scale.shape[0], 0
+        if first_block < end_block:
+            scales_at = chunk.place(scale, first_block * row_bytes, end_block * row_bytes)
+        if rank != self._rank:
+            return
+        first_held = self._parameters[parameter].of(rank)[0]
+        for a, b in _cut_at_blocks(first, stop, rows):
+            scale_at = scales_at + (a // BLOCK - first_block) * row_bytes if a % BLOCK == 0 else None
+            where = (parameter, first_row + a - first_held, b - a, cols, codes_at + (a - first) * cols)
+            self._parts.append(Part(*where, scale_at, len(chunk.flags), amax_at.get(a // BLOCK)))
 
     def _crossing(self, rows: int, cols: int, first_row: int, rows_per_rank: int) -> dict[int, int]:
         """The rows of blocks that lie on more than one rank, and where each has its maxima."""

@@ -269,12 +269,16 @@ class FP8Sender:
         self, make_source: Callable[[], WeightSource], version: int | None, clock: PhaseClock
     ) -> PushReport:
         source, plan, lead = self._meet_and_plan("push", make_source, clock, lambda: self._leader.begin_early(version))
-        with clock.phase("plan"):
-            lead.run(self._leader.begin, version)
-            self._sending.begin(plan, lead, self._fail)
+        if not self._sending.is_rank_0:
+            with clock.phase("plan"):
+                lead.run(self._leader.begin, version)
+                self._sending.begin(plan, lead, self._fail)
         for bucket, gathered in self._gathered(source, plan, clock):
             with clock.phase("quantize"):
                 packed = lead.run(self._holder.pack, plan, bucket, gathered, on=plan.sender_of(bucket))
+            if bucket.index == 0:
+                with clock.phase("plan"):  # servers have heard of the push meanwhile
+                    lead.run(self._leader.begin, version)
             with clock.phase("send"):
                 lead.run(self._holder.send, packed, bucket.index, on=plan.sender_of(bucket))
         source.release()

@@ -1,7 +1,8 @@
 """Which rows of a model's parameters each trainer rank holds, where a rank can say so without asking the others.
 
 That is so for FSDP2 on a mesh of all ranks: a parameter is cut along its first dimension into parts of one size, the
-last of which may be short, or empty. A parameter counts as rows of its last dimension: [E, 2I, H] has E * 2I rows.
+last of which may be short, or empty. A parameter counts as rows of its last dimension: [E, 2I, H] has E * 2I rows. One
+of a single dimension has rows of one element.
 What FSDP1 holds, HSDP and tensor-parallel meshes, parts cut along another dimension, parameters offloaded to the CPU of
 a mesh of GPUs, and whole ones are not described here; they are gathered first and quantized afterwards.
 
@@ -12,8 +13,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -47,12 +48,14 @@ class Sharding:
 
     `locals`: [rows of this rank, num_cols] of each, in its own memory. `group`: a process group of all ranks in order,
     with collectives for tensors where these lie. `problem`: what this rank holds other than `parameters` says, or "".
+    `facts`: a hash of `parameters`, if it was taken.
     """
 
     parameters: tuple[ShardedRows, ...] = ()
     locals: tuple[torch.Tensor, ...] = field(default=(), compare=False)
     group: Any = field(default=None, compare=False)
     problem: str = field(default="", compare=False)
+    facts: str = field(default="", compare=False)
 
     @property
     def device(self) -> torch.device:
@@ -61,8 +64,16 @@ class Sharding:
     @property
     def text(self) -> str:
         """The same on ranks that agree and hold what they should."""
-        facts = hashlib.sha256(repr(self.parameters).encode()).hexdigest()
-        return self.problem or facts
+        return self.problem or self.facts or _hash_of(self.parameters)
+
+    def again(self, tensors: Mapping[str, Any]) -> Sharding:
+        """With the memory of `tensors`, by name, which are sharded as those were that this was made of."""
+        held = [(tensors[rows.name]._local_tensor.detach(), rows.num_cols) for rows in self.parameters]
+        return replace(self, locals=tuple(local.view(local.numel() // cols, cols) for local, cols in held))
+
+
+def _hash_of(parameters: tuple[ShardedRows, ...]) -> str:
+    return hashlib.sha256(repr(parameters).encode()).hexdigest()
 
 
 def sharding_of(tensors: Iterable[tuple[str, torch.Tensor]], num_ranks: int) -> Sharding:
@@ -78,8 +89,9 @@ def sharding_of(tensors: Iterable[tuple[str, torch.Tensor]], num_ranks: int) -> 
         if meshes and mesh.device_type != meshes[0].device_type:
             continue  # the collectives of a push are those of one device
         shape, whole = tuple(tensor.shape), prod(tensor.shape[1:-1])
+        num_cols = shape[-1] if len(shape) > 1 else 1
         rows_per_rank = -(-shape[0] // num_ranks) * whole  # as torch.chunk cuts
-        found = ShardedRows(name, str(tensor.dtype), shape[0] * whole, shape[-1], rows_per_rank)
+        found = ShardedRows(name, str(tensor.dtype), shape[0] * whole, num_cols, rows_per_rank)
         first, end = found.of(mesh.get_local_rank())
         local = tensor._local_tensor.detach()
         if tuple(local.shape) != ((end - first) // whole, *shape[1:]) or not local.is_contiguous():
@@ -87,10 +99,10 @@ def sharding_of(tensors: Iterable[tuple[str, torch.Tensor]], num_ranks: int) -> 
             problems.append(f"rank {mesh.get_local_rank()} holds {what}; {_LATE}")
             continue
         parameters.append(found)
-        parts.append(local.view(end - first, shape[-1]))
+        parts.append(local.view(end - first, num_cols))
         meshes.append(mesh)
     group = meshes[0].get_group() if meshes else None
-    return Sharding(tuple(parameters), tuple(parts), group, "; ".join(problems))
+    return Sharding(tuple(parameters), tuple(parts), group, "; ".join(problems), _hash_of(tuple(parameters)))
 
 
 _LATE = "FP8Sender(quantize='after_gather') can push it"
@@ -101,7 +113,7 @@ def _is_sharded_by_rows(tensor: DTensor, device_type: str) -> bool:
     return (
         type(placement) is ShardPlacement
         and placement.dim == 0
-        and tensor.dim() >= 2
+        and tensor.dim() >= 1
         and tensor.numel() > 0
         and tensor.dtype in WEIGHT_DTYPES
         and tensor.is_contiguous()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -126,8 +126,8 @@ class ModuleSource:
         held = _by_name(checkpoint_tensors(model))
         self.cuts = checkpoint_cuts(model, {name: parameter.shape for name, (parameter, _) in held.items()})
         self._spread = [(name, owner) for name, (owner, _) in held.items() if isinstance(owner, TensorHeld)]
-        self._num_ranks = num_ranks
-        self.renew()
+        self.sharding = sharding_of(((name, owner.tensor) for name, owner in self._spread), num_ranks)
+        self._sharded = replace(self.sharding, locals=())  # without memory of the model
         self._cuts = _by_name((cut.name, (*held[name], cut)) for name in held for cut in self.cuts[name])
         specs = (
             {"name": cut.name, "shape": cut.shape, "dtype": DTYPE_NAMES[dtype]} for _, dtype, cut in self._cuts.values()
@@ -180,8 +180,8 @@ class ModuleSource:
             held.release()
 
     def renew(self) -> None:
-        """Once `release` was called: what is read of the model before each push."""
-        self.sharding = sharding_of(((name, owner.tensor) for name, owner in self._spread), self._num_ranks)
+        """Once `release` was called: what is read of the model before each push, which is sharded as it was."""
+        self.sharding = self._sharded.again({name: owner.tensor for name, owner in self._spread})
 
 
 def _by_name(pairs: Iterable[tuple[str, T]]) -> dict[str, T]:

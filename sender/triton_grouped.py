@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sender.triton_quantize import KINDS, _quantize_bits, has_hardware_cast
+from sender.triton_quantize import KINDS, _quantize_bits, _wire_bits, has_hardware_cast
 from shared.numerics import BLOCK, ScaleFormat, ZeroScale
 
 COPY_ELEMENTS = 8192  # a program of the copy kernel
@@ -82,23 +82,29 @@ def _copy_many_kernel(
     nonfinite_ptr: tl.tensor,
     INFINITY: tl.constexpr,
     NUM_ELEMENTS: tl.constexpr,
+    KIND: tl.constexpr,
+    EVEN: tl.constexpr,
 ) -> None:
-    """Program p copies `NUM_ELEMENTS` 16-bit floats of contiguous tensor `task_of_program[p]`, one row of `cols`."""
+    """Program p copies `NUM_ELEMENTS` floats of contiguous tensor `task_of_program[p]`, one row of `cols`, as 16 bits.
+    EVEN: 16 divides both addresses."""
     pid = tl.program_id(0)
     task = tl.load(task_of_program_ptr + pid).to(tl.int64)
     row = tasks_ptr + task * 7
     first = (pid - tl.load(row)) * NUM_ELEMENTS
-    from_ptr = tl.multiple_of(tl.load(where_ptr + task * 2).to(tl.pointer_type(tl.int16)) + first, 16)
-    to_ptr = tl.multiple_of((out_ptr + tl.load(row + 4)).to(tl.pointer_type(tl.int16)) + first, 16)
+    address = tl.load(where_ptr + task * 2)
+    from_ptr = address.to(tl.pointer_type(tl.int32) if KIND == "fp32" else tl.pointer_type(tl.int16)) + first
+    to_ptr = (out_ptr + tl.load(row + 4)).to(tl.pointer_type(tl.int16)) + first
+    if EVEN:
+        from_ptr, to_ptr = tl.multiple_of(from_ptr, 16), tl.multiple_of(to_ptr, 16)
     at = tl.arange(0, NUM_ELEMENTS)
     left = tl.load(row + 3) - first
     if left >= NUM_ELEMENTS:  # without a mask: 16 bytes at a time
-        bits = tl.load(from_ptr + at)
-        tl.store(to_ptr + at, bits)
+        bits = _wire_bits(tl.load(from_ptr + at), KIND)
+        tl.store(to_ptr + at, bits.to(tl.int16))
     else:
-        bits = tl.load(from_ptr + at, mask=at < left, other=0)
-        tl.store(to_ptr + at, bits, mask=at < left)
-    largest = tl.max(bits.to(tl.int32) & 0x7FFF, axis=0)
+        bits = _wire_bits(tl.load(from_ptr + at, mask=at < left, other=0), KIND)
+        tl.store(to_ptr + at, bits.to(tl.int16), mask=at < left)
+    largest = tl.max(bits & 0x7FFF, axis=0)
     tl.store(nonfinite_ptr + tl.load(row + 6), 1, mask=largest >= INFINITY)
 
 
@@ -133,9 +139,16 @@ def quantize_many(
 
 
 def copy_many(
-    where: Tensor, tasks: Tensor, task_of_program: Tensor, out: Tensor, nonfinite: Tensor, *, dtype: torch.dtype
+    where: Tensor,
+    tasks: Tensor,
+    task_of_program: Tensor,
+    out: Tensor,
+    nonfinite: Tensor,
+    *,
+    dtype: torch.dtype,
+    even: bool,
 ) -> None:
-    """One launch on the current stream and device, for contiguous 16-bit floats at addresses that 16 divides."""
+    """One launch on the current stream and device, for contiguous floats; those of 32 bits are rounded to BF16."""
     _copy_many_kernel[(task_of_program.numel(),)](
         where,
         tasks,
@@ -144,5 +157,7 @@ def copy_many(
         nonfinite,
         INFINITY=0x7C00 if dtype == torch.float16 else 0x7F80,
         NUM_ELEMENTS=COPY_ELEMENTS,
+        KIND=KINDS[dtype],
+        EVEN=even,
         num_warps=_NUM_WARPS,
     )

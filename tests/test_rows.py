@@ -26,7 +26,7 @@ from shared.buckets import Bucket, Layout, make_layout
 from shared.config import FP8BlockConfig
 from shared.errors import ConfigError, NonFiniteWeightError
 from shared.numerics import amax_bits, quantize_reference, quantize_rows_into, scale_shape
-from shared.protocol import ManifestTensor
+from shared.protocol import DTypeName, ManifestTensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -62,19 +62,25 @@ def experts(name: str, shape: tuple[int, ...]) -> tuple[Cut, ...]:
     return tuple(Cut(f"{name}.{e}.{part}", (rows, shape[2]), strides, (2 * e + part) * half) for e, part in halves)
 
 
+def _wire(tensor: Tensor) -> DTypeName:
+    return "float16" if tensor.dtype == FP16 else "bfloat16"
+
+
 @dataclass(frozen=True)
 class Model:
-    """Parameters that are sharded along their first dimension; the names of tensors that are not quantized."""
+    """Parameters that are sharded along their first dimension, but for the `whole` ones; the names of tensors that are
+    not quantized."""
 
     parameters: dict[str, Tensor]
     plain: tuple[str, ...] = ()
+    whole: tuple[str, ...] = ()
     bucket_bytes: int = 64 << 10
 
     @property
     def cuts(self) -> Cuts:
         return {
             name: experts(name, tuple(tensor.shape))
-            if tensor.dim() == 3
+            if tensor.dim() == 3 and name not in self.plain
             else (Cut(name, tuple(tensor.shape), tuple(tensor.stride())),)
             for name, tensor in self.parameters.items()
         }
@@ -87,7 +93,7 @@ class Model:
     def layout(self) -> Layout:
         return make_layout(
             [
-                ManifestTensor(name=n, shape=tuple(t.shape), dtype="bfloat16", quantized=False)
+                ManifestTensor(name=n, shape=tuple(t.shape), dtype=_wire(t), quantized=False)
                 if n in self.plain
                 else ManifestTensor(name=n, shape=tuple(t.shape), dtype="float8_e4m3fn", quantized=True)
                 for n, t in self.tensors.items()
@@ -98,8 +104,8 @@ class Model:
     def sharding(self, rank: int, num_ranks: int) -> Sharding:
         parameters, locals_ = [], []
         for name, tensor in self.parameters.items():
-            if name not in self.plain:
-                inner, cols = prod(tensor.shape[1:-1]), tensor.shape[-1]
+            if name not in self.whole:
+                inner, cols = prod(tensor.shape[1:-1]), tensor.shape[-1] if tensor.dim() > 1 else 1
                 per_rank = -(-tensor.shape[0] // num_ranks)
                 parameters.append(ShardedRows(name, str(tensor.dtype), tensor.shape[0] * inner, cols, per_rank * inner))
                 locals_.append(tensor[rank * per_rank : (rank + 1) * per_rank].reshape(-1, cols).clone())
@@ -114,7 +120,7 @@ def push_rows(model: Model, num_ranks: int, config: FP8BlockConfig, make_backend
     assert all(
         (p.names, p.num_amax, p.num_bytes) == (plans[0].names, plans[0].num_amax, plans[0].num_bytes) for p in plans
     )
-    assert plans[0].names == model.tensors.keys() - set(model.plain)
+    assert plans[0].names == model.tensors.keys() - set(model.whole)
     backends = [make_backend(plan, config) for plan in plans]
     amaxes = []
     for backend, mine in zip(backends, held, strict=True):
@@ -178,6 +184,28 @@ def assert_same(model: Model, num_ranks: int, config: FP8BlockConfig, make_backe
 
 # ---- the same bytes
 
+
+@BACKENDS
+@pytest.mark.parametrize("num_ranks", [2, 3, 8])
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+def test_what_is_not_quantized_is_copied_by_the_rank_that_holds_it(
+    dtype: torch.dtype, num_ranks: int, make_backend: MakeBackend
+) -> None:
+    shapes = ((77,), (1,), (300, 64), (5, 3), (9000, 3), (16, 1, 4), (6,))
+    parameters = {f"plain{number}": normal(*shape, dtype=dtype) for number, shape in enumerate(shapes)}
+    model = Model({**parameters, "q": normal(250, 128, dtype=dtype), "w": normal(9, 5)}, tuple(parameters), ("w",))
+    assert_same(model, num_ranks, FP8BlockConfig(), make_backend)
+
+
+@BACKENDS
+def test_inf_in_what_is_copied_is_found(make_backend: MakeBackend) -> None:
+    norm = normal(130)
+    norm[100] = torch.inf
+    with pytest.raises(NonFiniteWeightError) as found:
+        push_rows(Model({"q": normal(128, 128), "norm": norm}, ("norm",)), 2, FP8BlockConfig(), make_backend)
+    assert found.value.names == ("norm",)
+
+
 SHAPES = {
     "whole blocks": (2, (512, 256)),
     "one block over 8 ranks": (8, (128, 128)),
@@ -240,7 +268,7 @@ def test_experts_on_any_number_of_ranks(num_ranks: int) -> None:
 def test_any_shapes(shapes: list[tuple[int, int, bool]], num_ranks: int, bucket_bytes: int) -> None:
     parameters = {f"w{i}": normal(rows, cols, seed=i) for i, (rows, cols, _) in enumerate(shapes)}
     plain = tuple(f"w{i}" for i, (_, _, is_plain) in enumerate(shapes) if is_plain and i)
-    assert_same(Model(parameters, plain, bucket_bytes), num_ranks, FP8BlockConfig(), TorchRows)
+    assert_same(Model(parameters, plain, bucket_bytes=bucket_bytes), num_ranks, FP8BlockConfig(), TorchRows)
 
 
 # ---- inf and NaN

@@ -222,13 +222,13 @@ def test_the_slices_of_all_ranks_are_the_whole_tensors(case: Case, served: Serve
 @pytest.mark.parametrize(("case", "served"), FEW)
 @pytest.mark.parametrize("num_ranks", [2, 48])
 def test_trainers_hold_what_the_real_plans_say(case: Case, served: Served, num_ranks: int) -> None:
-    """Codes and scales of every rank's parts; and all tensors, once."""
+    """What every rank makes of its parts: codes and scales, and what it copies; and all tensors, once."""
     offered = Offered.of(case)
     rows, sharding = offered.rows(num_ranks), offered.sharding(num_ranks)
     every = trainers_of(offered.layout, rows, offered.cuts, num_ranks, served)
     quantized = [tensor.quantized for tensor in offered.layout.tensors]
     assert any(quantized) and not all(quantized)
-    early = make_layout([tensor for tensor in offered.layout.tensors if tensor.quantized])
+    early = make_layout([tensor for tensor in offered.layout.tensors if tensor.quantized or tensor.dtype == "bfloat16"])
     names = {tensor.name for tensor in early.tensors}
     cuts = {name: tuple(cut for cut in found if cut.name in names) for name, found in offered.cuts.items()}
     held = trainers_of(early, rows, cuts, num_ranks, served).held
@@ -236,12 +236,14 @@ def test_trainers_hold_what_the_real_plans_say(case: Case, served: Served, num_r
         made = plan_rows(offered.layout, sharding, offered.cuts, rank, num_ranks)
         assert made.names == names
         assert held[rank] == sum(
-            part.num_rows * part.num_cols + (0 if part.scale_at is None else _scale_bytes(part.num_rows, part.num_cols))
+            part.num_rows * part.num_cols * (2 if part.copied_as is not None else 1)
+            + (0 if part.scale_at is None else _scale_bytes(part.num_rows, part.num_cols))
             for bucket in made.buckets
             if bucket is not None
             for part in bucket.parts
         )
-    assert plan_rows(offered.layout, sharding, offered.cuts, 0, num_ranks).num_bytes == sum(held)
+    copied = [entry.values.num_bytes for b in early.buckets for entry in b.entries if entry.scale is None]
+    assert plan_rows(offered.layout, sharding, offered.cuts, 0, num_ranks).num_bytes == sum(held) - sum(copied)
     slots = [slot.num_bytes for bucket in offered.layout.buckets for slot in bucket.slots]
     assert sum(every.held) == sum(slots)
 
@@ -255,7 +257,8 @@ def test_a_plan_in_a_process_of_its_own() -> None:
     found, other = plan(offered, 16), plan(offered, 16, rank=1)
     made = plan_rows(offered.layout, offered.sharding(16), offered.cuts, 0, 16)
     assert found.num_bytes == made.num_bytes and found.num_maxima == other.num_maxima == made.num_amax
-    assert found.num_bytes <= sum(found.chunk_bytes) < found.num_bytes + 16 * 1024
+    copied = sum(e.values.num_bytes for b in offered.layout.buckets for e in b.entries if e.scale is None)
+    assert found.num_bytes + copied <= sum(found.chunk_bytes) < found.num_bytes + copied + 16 * 1024
     assert len(found.chunk_bytes) == 16 and other.chunk_bytes == ()
 
 
@@ -282,7 +285,8 @@ def test_rows_are_those_of_sharded_tensors() -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     ran = subprocess.run([sys.executable, "-c", FSDP], capture_output=True, text=True, env=environment)
     assert ran.returncode == 0, ran.stderr
-    wanted = [rows_of("a", (300, 256), 16), rows_of("experts", (40, 6, 4), 16), rows_of("few", (5, 8), 16)]
+    shapes = {"a": (300, 256), "experts": (40, 6, 4), "few": (5, 8), "vector": (64,)}
+    wanted = [rows_of(name, shape, 16) for name, shape in shapes.items()]
     assert wanted[1] == ShardedRows("experts", "torch.bfloat16", 240, 4, 18)
     assert ran.stdout.splitlines() == [str(rows) for rows in wanted]
 

@@ -273,7 +273,7 @@ def wait_for_buckets(server: Server, number: int) -> None:
     session = server.receiver._session
     assert session is not None and session.transfer is not None
     transfer = session.transfer
-    assert soon(lambda: len(transfer.digests) >= number)
+    assert soon(lambda: len(transfer.taken) >= number)
 
 
 @pytest.mark.parametrize("index", [0, 2])
@@ -397,7 +397,7 @@ def test_nothing_is_written_after_the_end_of_a_transfer(exclusive_way: StagingWa
     after = fingerprint(server.model)
     sender._fleet.send(torch.ones(sender._planned.layout.buckets[2].num_bytes, dtype=torch.uint8), 2)  # type: ignore[union-attr]
     assert transfer.done.wait(5.0)
-    assert transfer.error == "the push was aborted" and len(transfer.digests) == 2
+    assert transfer.error == "the push was aborted" and len(transfer.taken) == 2
     assert fingerprint(server.model) == after and (exclusive_way != "kv_pool" or server.clean())
     sender.close()
 
