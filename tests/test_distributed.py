@@ -73,6 +73,31 @@ def push_sharded(rank: int, size: int) -> list[Any]:
     return found
 
 
+def push_to_what_is_no_longer_there(rank: int, staging: protocol.StagingChoice) -> list[Any]:
+    """A server that starts again between two pushes, then one that lets go of the session; the ranks begin early."""
+    server, found = Server() if rank == 0 else None, list[Any]()
+    with make_sender(server, staging=staging) as sender:
+        for seed in range(4):
+            model = make_sharded(2, seed=seed)
+            if server is not None and seed == 1:
+                server.receiver = Receiver(server.model, server.engine, SingleRank(), "started again")
+                server.control._handle = server.receiver.handle
+            if server is not None and seed == 2:
+                server.receiver.handle(protocol.Close(session=sender._fleet._session))
+            if seed == 2:
+                found.append(caught(sender.push, model)["kind"])
+            report = sender.push(model)
+            whole = gathered(model)
+            found.append((report.version, server is None or fingerprint(server.model) == expected(whole)))
+    return found
+
+
+@pytest.mark.parametrize("staging", ["auto", "in_place"])
+def test_all_ranks_plan_anew_for_a_server_that_started_again(staging: str) -> None:
+    for found in run_on_ranks(push_to_what_is_no_longer_there, 2, staging):
+        assert found == [(1, True), (2, True), "SessionLostError", (3, True), (4, True)]
+
+
 def _bits(parameter: torch.Tensor) -> torch.Tensor:
     assert isinstance(parameter, DTensor)
     return parameter.to_local().detach().clone()

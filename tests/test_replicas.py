@@ -131,7 +131,7 @@ def test_a_replica_whose_last_bucket_is_late(way: StagingWay) -> None:
     make_staging = late._make_staging
 
     class Late(Staging):
-        def accept(self, index: int, *args: Any) -> int:
+        def accept(self, index: int, *args: Any) -> Any:
             time.sleep(0.05)
             return super().accept(index, *args)
 
