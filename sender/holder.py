@@ -49,11 +49,14 @@ class Holder:
         return self._packed(plan, bucket, gathered, self._way_out.room(bucket.num_bytes))
 
     def pack_into(self, packed: list[torch.Tensor], plan: PushPlan, bucket: Bucket, gathered: Gathered) -> None:
-        """Quantize into a buffer of its own, complete on return: another thread reads it, on another stream."""
+        """Quantize into a buffer of its own."""
         found = self._packed(plan, bucket, gathered)
         packed.append(found if found.is_cuda else found.clone())
-        if found.is_cuda:
-            torch.cuda.current_stream(found.device).synchronize()
+
+    def until_packed(self, packed: list[torch.Tensor]) -> None:
+        """Return when these are complete: another thread reads them, on another stream, and training goes on."""
+        for device in {each.device for each in packed if each.is_cuda}:
+            torch.cuda.current_stream(device).synchronize()
 
     def send(self, packed: torch.Tensor, index: int) -> None:
         check = None

@@ -189,6 +189,8 @@ class FP8Sender:
             for bucket, gathered in self._gathered(source, plan, clock):
                 with clock.phase("quantize"):
                     lead.run(self._holder.pack_into, snapshot, plan, bucket, gathered)
+            with clock.phase("quantize"):
+                lead.run(self._holder.until_packed, snapshot)
             source.release()
         self._pending = PushHandle(
             lambda: self._transfer(plan, lead, clock, snapshot, version),
