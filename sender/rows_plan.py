@@ -240,48 +240,33 @@ class _Maker:
 
     def add(self, entry: Entry, number: int, parameter: int, first_row: int) -> None:
         """Tensor `number`, which begins at row `first_row` of `parameter`."""
-        held, scale = self._parameters[parameter], entry.scale
+        held, scale, copied_as = self._parameters[parameter], entry.scale, None
         rows, cols = prod(entry.tensor.shape) // held.num_cols, held.num_cols
+        row_bytes, scale_row_bytes, amax_at = cols * entry.values.dtype.itemsize, 0, dict[int, int]()
         self._is_used = True
         self.names.append(entry.tensor.name)
-        self.num_bytes += entry.values.num_bytes + scale.num_bytes if scale is not None else 0
-        amax_at = self._crossing(rows, cols, first_row, held.rows_per_rank) if scale is not None else {}
-        row_bytes = cols * entry.values.dtype.itemsize
+        if scale is None:
+            copied_as = entry.values.dtype
+        else:
+            self.num_bytes += entry.values.num_bytes + scale.num_bytes
+            scale_row_bytes = scale.num_bytes // scale.shape[0]
+            amax_at = self._crossing(rows, cols, first_row, held.rows_per_rank)
         for rank, first, stop in _spread(held, first_row, rows):
             chunk = self._chunks.get(rank)
             if chunk is None:
                 continue
-            at = chunk.place(entry.values, first * row_bytes, stop * row_bytes)
-            if scale is not None:
-                self._add_blocks(chunk, scale, (first, stop, rows), amax_at, rank, (parameter, first_row, cols, at))
-            elif rank == self._rank:
-                place = (parameter, first_row + first - held.of(rank)[0], stop - first, cols)
-                self._parts.append(Part(*place, at, None, len(chunk.flags), None, entry.values.dtype))
+            values_at, scales_at = chunk.place(entry.values, first * row_bytes, stop * row_bytes), 0
+            first_block, end_block = -(-first // BLOCK), -(-stop // BLOCK)  # those that begin in these rows
+            if scale is not None and first_block < end_block:
+                scales_at = chunk.place(scale, first_block * scale_row_bytes, end_block * scale_row_bytes)
+            if rank == self._rank:
+                to_held = first_row - held.of(rank)[0]
+                for a, b in _cut_at_blocks(first, stop, rows) if copied_as is None else ((first, stop),):
+                    begins = copied_as is None and a % BLOCK == 0
+                    scale_at = scales_at + (a // BLOCK - first_block) * scale_row_bytes if begins else None
+                    place = (parameter, to_held + a, b - a, cols, values_at + (a - first) * row_bytes)
+                    self._parts.append(Part(*place, scale_at, len(chunk.flags), amax_at.get(a // BLOCK), copied_as))
             chunk.flags.append(number)
-
-    def _add_blocks(
-        self,
-        chunk: _Chunk,
-        scale: Slot,
-        span: tuple[int, int, int],
-        amax_at: dict[int, int],
-        rank: int,
-        place: tuple[int, int, int, int],
-    ) -> None:
-        """`span`: first row, the one after the last, rows of the tensor; `place`: parameter, its row that is the first
-        of the tensor, columns, and where in the chunk the codes are."""
-        (first, stop, rows), (parameter, first_row, cols, codes_at) = span, place
-        first_block, end_block = -(-first // BLOCK), -(-stop // BLOCK)  # those that begin in these rows
-        row_bytes, scales_at = scale.num_bytes // scale.shape[0], 0
-        if first_block < end_block:
-            scales_at = chunk.place(scale, first_block * row_bytes, end_block * row_bytes)
-        if rank != self._rank:
-            return
-        first_held = self._parameters[parameter].of(rank)[0]
-        for a, b in _cut_at_blocks(first, stop, rows):
-            scale_at = scales_at + (a // BLOCK - first_block) * row_bytes if a % BLOCK == 0 else None
-            where = (parameter, first_row + a - first_held, b - a, cols, codes_at + (a - first) * cols)
-            self._parts.append(Part(*where, scale_at, len(chunk.flags), amax_at.get(a // BLOCK)))
 
     def _crossing(self, rows: int, cols: int, first_row: int, rows_per_rank: int) -> dict[int, int]:
         """The rows of blocks that lie on more than one rank, and where each has its maxima."""

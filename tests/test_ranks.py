@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import pytest
@@ -40,7 +40,7 @@ def run_on_ranks(body: Body, size: int, *args: Any, timeout_s: float = 60.0, bac
         for _, writer in pipes:
             writer.close()
         deadline = time.monotonic() + timeout_s
-        return [_result(rank, reader, deadline) for rank, (reader, _) in enumerate(pipes)]
+        return _results([reader for reader, _ in pipes], deadline)
     finally:
         for process in processes:
             process.kill()
@@ -62,14 +62,19 @@ def _be_rank(
     time.sleep(60.0)  # a rank that is done must not close connections that others still use
 
 
-def _result(rank: int, reader: Connection, deadline: float) -> Any:
-    assert reader.poll(max(0.0, deadline - time.monotonic())), f"rank {rank} hangs"
-    try:
-        good, result = reader.recv()
-    except EOFError:
-        return "died"
-    assert good, f"rank {rank}: {result}"
-    return result
+def _results(readers: list[Connection], deadline: float) -> list[Any]:
+    """A rank that fails is named at once: others may wait for it until the end."""
+    found, waiting = dict[int, Any](), dict(enumerate(readers))
+    while waiting:
+        ready = wait(waiting.values(), max(0.0, deadline - time.monotonic()))
+        assert ready, f"rank(s) {sorted(waiting)} hang"
+        for rank in [rank for rank, reader in waiting.items() if reader in ready]:
+            try:
+                good, found[rank] = waiting.pop(rank).recv()
+            except EOFError:
+                good, found[rank] = True, "died"
+            assert good, f"rank {rank}: {found[rank]}"
+    return [found[rank] for rank in range(len(readers))]
 
 
 def caught(function: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Any]:

@@ -64,7 +64,7 @@ def push(rank: int, size: int, plane: protocol.PlaneName, senders: Any, gpu: int
             found.append(server is None or fingerprint(server.model) == expected(Trainer(seed)))
         bad = sharded(4, size)
         if rank == 1:
-            next(bad.parameters()).to_local().view(-1)[0] = float("nan")  # type: ignore[attr-defined]
+            next(bad.parameters()).to_local().detach().view(-1)[0] = float("nan")  # type: ignore[attr-defined]
         found.append(caught(sender.push, bad)["kind"] == "NonFiniteWeightError")
         report = sender.push(sharded(5, size))
     return [report.model_dump(), *found]
