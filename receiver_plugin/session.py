@@ -16,8 +16,8 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -35,6 +35,16 @@ _LOOK_S = 1.0  # how often an idle session looks whether its sender is there
 _INTERRUPT_S = 5.0
 _PLACES_AHEAD = 3
 _GRACE_S = 60.0  # for what was staged, after its deadline: a commit that came in time may still be at work
+
+
+@contextmanager
+def _until_done(stream: torch.cuda.Stream | None) -> Iterator[None]:
+    """At the end, however it comes, nothing that was asked of `stream` is under way any more."""
+    try:
+        yield
+    finally:
+        if stream is not None:
+            stream.synchronize()
 
 
 class Transfer:
@@ -261,7 +271,7 @@ class Session:
         coming = deque[tuple[int, int]]()  # buckets that may still be on their way, with their digests
         num_told, num_ahead = 0, max(_PLACES_AHEAD, staging.num_ahead)
         try:
-            with torch.no_grad(), torch.cuda.stream(stream), frequent_turns():
+            with torch.no_grad(), torch.cuda.stream(stream), frequent_turns(), _until_done(stream):
                 for bucket in self._layout.buckets:
                     num_told = self._tell_places(plane, transfer, num_told, bucket.index + num_ahead)
                     if len(coming) == staging.num_ahead:
@@ -279,9 +289,6 @@ class Session:
             transfer.own_fault = True
             logger.exception("fp8sync: receiving version %d failed", transfer.version)
             return f"{type(error).__name__}: {error}"
-        finally:
-            if stream is not None:
-                stream.synchronize()
         return None
 
     def _tell_places(self, plane: ReceiveHalf, transfer: Transfer, num_told: int, until: int) -> int:

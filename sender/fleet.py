@@ -55,6 +55,10 @@ def longest_push_s(timeout_s: float) -> float:
     return 5 * timeout_s + JOIN_TIMEOUT_S + 14 * CONTROL_TIMEOUT_S
 
 
+def _is_version(version: int) -> bool:
+    return 0 <= version <= wire.MOST_VERSION
+
+
 def _last_ones(sizes: Sequence[int]) -> int:
     """From which bucket on, and with it the one before, they wait for the commit to go out ahead of them: two, or
     three where the last is so small that it would come before the server has understood the commit.
@@ -174,7 +178,7 @@ class Fleet:
         """
         lost, self._lost = self._lost, None
         try:
-            if lost is None and (self.begins_early or (begin is not None and self.is_open)):
+            if lost is None and (self._early is not None or (begin is not None and self.is_open)):
                 self.begin(self._version if begin is None else begin)
                 return True, self._newest
         except (SessionLostError, ServerUnreachableError) as error:
@@ -287,7 +291,7 @@ class Fleet:
     @property
     def begins_early(self) -> bool:
         """Whether servers hear of the push just now, and `begin` waits for them."""
-        return self._early is not None
+        return self._early is not None and not self._early.done()
 
     def begin_early(self, version: int, looked: bool = False) -> None:
         """`begin`, if a session is open, on a thread of its own, unless that was done already.
@@ -297,7 +301,9 @@ class Fleet:
         if self._early is not None or self._begun:
             return
         self._forget_push()
-        if self._lost is None and self.is_open and (looked or set(self.staging.values()) == {"reserved"}):
+        may_begin = looked or set(self.staging.values()) == {"reserved"}
+        if self._lost is None and self.is_open and may_begin and _is_version(version):
+            self._version = version
             self._early = self._servers.on_a_thread(lambda: self._begin(version))
 
     def begin(self, version: int) -> None:
@@ -309,15 +315,18 @@ class Fleet:
         try:
             if early is not None:
                 early.result()
-        except (SessionLostError, ServerUnreachableError) as error:
-            self._lost = error
+        except Fp8SyncError as error:
+            if isinstance(error, (SessionLostError, ServerUnreachableError)):
+                self._lost = error
+            if len(self._servers) > 1:  # those that have begun wait no longer, while trainer ranks end their gathers
+                self._servers.tell(self._abort(str(error)))
             raise
         if not self._begun:
             self._begin(version)
         assert version == self._version
 
     def _begin(self, version: int) -> None:
-        if not 0 <= version <= wire.MOST_VERSION:
+        if not _is_version(version):
             raise StaleVersionError(f"{version} is no version: they are whole numbers from 0 to {wire.MOST_VERSION}")
         self._version, self._digests = version, {}
         self.half.begin(version)
@@ -348,6 +357,8 @@ class Fleet:
 
     def room(self, num_bytes: int) -> torch.Tensor | None:
         """Where the bucket that comes next may be made, on whatever device that is; or None."""
+        if self._early is not None and len(self._servers) > 1:  # memory of one is not kept for the answers of others
+            return None
         return self.half.room(num_bytes)
 
     def rehearse(self, bucket: torch.Tensor) -> None:
@@ -499,6 +510,7 @@ class Fleet:
         try. Raises: PushError: too few servers are left.
         """
         if self._lost is not None and failure is self._lost:
+            logger.warning("fp8sync: servers are asked anew, and version %d starts over: %s", self._version, failure)
             return True
         decided = self._transaction is not None and self._transaction.decided
         if self._servers.quorum is None or decided or by_the_trainer(failure):

@@ -1,4 +1,4 @@
-"""How weights come together on the rank that sends them, bucket by bucket: whole, or quantized before the gather.
+"""How weights come together on the rank that sends them, bucket by bucket: whole, or as what ranks made of their rows.
 
 Which way a tensor goes stands in the plan (`sender.rows_plan`). The calls of all ranks are the same, in one order.
 """
@@ -19,7 +19,7 @@ from shared.config import FP8BlockConfig
 
 @dataclass(frozen=True)
 class Gathered:
-    """One bucket on the rank that sends it: tensors by name, whole, in wire precision; what was quantized early.
+    """One bucket on the rank that sends it: tensors by name, whole, in wire precision; what came as rows.
 
     `names`: of the tensors in `weights`.
     """
@@ -67,7 +67,7 @@ class Gatherer:
         elif self._rows is None or self._rows.plan is not plan.rows or self._rows.device != source.sharding.device:
             self._rows = None  # its memory goes first
             assert plan.rows is not None
-            self._rows = RowsGather(plan.rows, self._config, source.sharding.device)
+            self._rows = RowsGather(plan.rows, self._config, source.sharding.device, plan.layout.bucket_bytes)
         if self._rows is not None:
             self._rows.begin(source.sharding)
         return Gathering(source, plan, self._rows)

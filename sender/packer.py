@@ -30,7 +30,7 @@ class Packer:
         early: frozenset[str] = frozenset(),
         mine: Sequence[Bucket] | None = None,
     ) -> None:
-        """`early`: the tensors that come quantized. `mine`: the buckets that are packed here; None: all of them."""
+        """`early`: those that come as rows, quantized or copied. `mine`: buckets that are packed here; None: all."""
         mine = layout.buckets if mine is None else mine
         self._config = config
         self._names = [tensor.name for tensor in layout.tensors]
@@ -68,7 +68,9 @@ class Packer:
         if into is None and self._device.type == "cuda":
             packed = torch.empty(bucket.num_bytes, dtype=torch.uint8, device=self._device)
         if rows is None and len(self._late[bucket.index]) != len(bucket.entries):
-            raise ConfigError(f"bucket {bucket.index}: the tensors that ranks were to quantize have not come")
+            raise ConfigError(
+                f"bucket {bucket.index}: the tensors of which ranks were to send their rows have not come"
+            )
         if rows is not None:
             rows.put_into(packed, self._nonfinite)
         if (gaps := self._gaps[bucket.index]) is not None:

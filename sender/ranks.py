@@ -197,7 +197,7 @@ class TrainerRanks:
 
 
 class TryAgain(Exception):
-    """All ranks start this call over, with fewer servers."""
+    """All ranks start this call over, with fewer servers, or with servers that are not what they were."""
 
 
 class Lead:

@@ -10,7 +10,7 @@ On a GPU each of them is a few launches (`sender.grouped_rows`); elsewhere one c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -96,7 +96,7 @@ class ReceivedRows:
     backend: RowsBackend
 
     def put_into(self, packed: torch.Tensor, nonfinite: torch.Tensor) -> None:
-        """Codes and scales into `packed`, flat uint8; bytes between them, which belong to no tensor, are not kept.
+        """What ranks made of their rows into `packed`, flat uint8; bytes between tensors are not kept.
 
         nonfinite: int32, one for each tensor of the layout; more than 0 afterwards where a rank found inf or NaN.
         """
@@ -106,14 +106,16 @@ class ReceivedRows:
 
 
 class RowsGather:
-    """The buffers and tables of a plan, kept from push to push."""
+    """The buffers and tables of a plan, kept from push to push; buffers for chunks of `bucket_bytes` and a little more.
+    An embedding that is a larger bucket takes memory of its own as it comes, and gives it back."""
 
-    def __init__(self, plan: RowsPlan, config: FP8BlockConfig, device: torch.device) -> None:
+    def __init__(self, plan: RowsPlan, config: FP8BlockConfig, device: torch.device, bucket_bytes: int) -> None:
         self.plan, self.device = plan, device
-        buckets = [bucket for bucket in plan.buckets if bucket is not None]
+        buckets, most = [bucket for bucket in plan.buckets if bucket is not None], bucket_bytes + bucket_bytes // 8
         self._amax = torch.zeros(plan.num_amax, dtype=torch.int32, device=device)
-        self._chunk = _bytes(max(bucket.num_bytes for bucket in buckets), device)
-        self._chunks = _bytes(max(sum(bucket.chunk_bytes) for bucket in buckets), device)
+        self._chunk = _bytes(_largest((bucket.num_bytes for bucket in buckets), most), device)
+        self._chunks = _bytes(_largest((sum(bucket.chunk_bytes) for bucket in buckets), most), device)
+        self._mine = self._chunk[:0]
         self._flags = [_flags(bucket, device) if bucket is not None else None for bucket in plan.buckets]
         self._backend: RowsBackend = _backend(plan, config, device)
 
@@ -125,11 +127,14 @@ class RowsGather:
             dist.all_reduce(self._amax, dist.ReduceOp.MAX, held.group)
 
     def quantize(self, index: int, held: Sharding) -> None:
-        """This rank's chunk of bucket `index`."""
+        """This rank's chunk of bucket `index`, ahead of `gather`."""
         bucket = self.plan.buckets[index]
-        if bucket is not None and bucket.parts:
-            bucket.flags_of(self._chunk).zero_()
-            self._backend.quantize(index, held.locals, self._amax, self._chunk)
+        if bucket is None:
+            return
+        self._mine = _first(self._chunk, bucket.num_bytes)
+        if bucket.parts:
+            bucket.flags_of(self._mine).zero_()
+            self._backend.quantize(index, held.locals, self._amax, self._mine)
 
     def gather(self, index: int, held: Sharding) -> ReceivedRows | None:
         """Collective, also for ranks that have nothing of the bucket. The chunks on the rank that packs it."""
@@ -139,11 +144,21 @@ class RowsGather:
         to = self.plan.goes_to(index)
         sent = [bucket.num_bytes if rank == to else 0 for rank in range(self.plan.num_ranks)]
         sizes = list(bucket.chunk_bytes) or [0] * self.plan.num_ranks
-        chunks = self._chunks[: sum(sizes)]
+        mine, self._mine = self._mine, self._chunk[:0]
+        chunks = _first(self._chunks, sum(sizes))
         # Not `gather`, which takes as many bytes of every rank: of experts, one rank may hold a whole bucket.
-        dist.all_to_all_single(chunks, self._chunk[: bucket.num_bytes], sizes, sent, held.group)
+        dist.all_to_all_single(chunks, mine, sizes, sent, held.group)
         flags = self._flags[index]
         return ReceivedRows(index, chunks, flags, self._backend) if flags is not None and self.plan.rank == to else None
+
+
+def _largest(sizes: Iterable[int], most: int) -> int:
+    return max((size for size in sizes if size <= most), default=0)
+
+
+def _first(kept: torch.Tensor, num_bytes: int) -> torch.Tensor:
+    """So many bytes of `kept`, or others if it has fewer."""
+    return kept[:num_bytes] if num_bytes <= kept.numel() else kept.new_empty(num_bytes)
 
 
 def _bytes(num_bytes: int, device: torch.device) -> torch.Tensor:

@@ -42,9 +42,9 @@ class Part:
     """Rows of one tensor on this rank: whole blocks, or (`amax_at` is not None) a part of one row of blocks.
 
     They are rows `first_row` and following of what the rank holds of parameter number `parameter`. `codes_at` and
-    `scale_at` are bytes in the chunk; the scale is another rank's where `scale_at` is None. `flag`: the number of the
-    tensor's flag in the chunk. `amax_at`: where the row of blocks has its ceil(num_cols/128) values in the buffer.
-    `copied_as`: not quantized, but copied, in this type; `codes_at` is where to.
+    `scale_at` are bytes in the chunk; the scale is another rank's, or there is none, where `scale_at` is None. `flag`:
+    the number of the tensor's flag in the chunk. `amax_at`: where the row of blocks has its ceil(num_cols/128) values
+    in the buffer. `copied_as`: not quantized, but copied, in this type; `codes_at` is where to.
     """
 
     parameter: int

@@ -74,8 +74,8 @@ class FP8Sender:
             and named in the report; the next push tries them again. None: all servers or none.
         quantize: `before_gather`: each trainer rank quantizes the rows that it holds, where it holds rows (FSDP2 on a
             mesh of all ranks), and codes and scales are gathered: half the bytes, a share of the work, the same bits.
-            All other tensors, and with `after_gather` all of them, are gathered whole and quantized on rank 0. It has
-            to be the same on every rank.
+            What is not quantized goes with them. All tensors that lie in another way, and with `after_gather` all of
+            them, are gathered whole and quantized on rank 0. It has to be the same on every rank.
         keep_snapshot: keep what the last push sent in host memory of rank 0 (`wire_bytes` of its report; twice that
             during a push), for `catch_up`.
         plane: the data plane: `tcp`; on a network of your own `nccl`, from the current GPU of rank 0 to other GPUs, or
@@ -278,7 +278,7 @@ class FP8Sender:
         for bucket, gathered in self._gathered(source, plan, clock):
             with clock.phase("quantize"):
                 packed = lead.run(self._holder.pack, plan, bucket, gathered, on=plan.sender_of(bucket))
-            if bucket.index == 0:
+            if bucket.index == 0 and self._sending.is_rank_0:
                 with clock.phase("plan"):  # servers have heard of the push meanwhile
                     lead.run(self._leader.begin, version)
             with clock.phase("send"):
