@@ -4,7 +4,7 @@
 
 After each push the benchmark, and after each commit the log of a server, has a line for every step that took 0.1 ms or
 more: `timer BEGAN +TOOK THREAD: STEP`, in milliseconds. All processes of a host have one clock. To time is to slow
-down: by about 2 ms of 50 for Qwen3-8B.
+down: no figure for RESULTS.md comes from such a copy without a word about it.
 """
 
 from __future__ import annotations
