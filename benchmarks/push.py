@@ -62,6 +62,7 @@ from benchmarks.ways import SEEDS, Way, async_rows, push_row, stock_row
 from examples.local_server import LocalServer
 from shared.config import FP8BlockConfig
 from shared.launch import sglang_fp8_args
+from shared.protocol import PlaneName
 
 START_S = 240.0
 ONE_BY_ONE, BF16 = "stock, FP8 tensors one by one", "stock, BF16 tensors one by one"
@@ -177,8 +178,11 @@ class Run:
 
 def ours(run: Run, server: LocalServer, trainer: Trainer, wanted: dict[str, str]) -> None:
     chosen, proof = run.chosen, partial(check, server, wanted)
-    for plane, staging, mib in product(chosen.plane, chosen.staging, chosen.bucket_mib):
-        way = Way(plane, staging, mib << 20)
+    alone = [send_from for send_from in chosen.send_from if send_from in ("rank_0", "holders")]
+    for plane, staging, mib, send_from in product(chosen.plane, chosen.staging, chosen.bucket_mib, alone):
+        if send_from == "holders" and plane != "same_host":
+            continue
+        way = Way(plane, staging, mib << 20, send_from=send_from)
         measured = partial(push_row, way, server.url, trainer, run.config, chosen.pushes, run.device)
         run.row(str(way), measured, proof)
     few, bucket_bytes = min(chosen.pushes, FEW_PUSHES), chosen.bucket_mib[0] << 20
@@ -197,7 +201,8 @@ def fsdp(run: Run, server: LocalServer, trainer: Trainer, wanted: dict[str, str]
     trainer.free()
     chosen, bucket_bytes = run.chosen, run.chosen.bucket_mib[0] << 20
     for number, send_from in enumerate(chosen.send_from):
-        way = Way(chosen.plane[0], "in_place", bucket_bytes, send_from=send_from)
+        plane: PlaneName = "same_host" if send_from == "holders" else chosen.plane[0]
+        way = Way(plane, "in_place", bucket_bytes, send_from=send_from)
         name = f"{chosen.label}-fsdp-{number}" if number else f"{chosen.label}-fsdp"
         at = chosen.out / "logs" / f"{name}-row.json"
         job = job_of(chosen, way, [server.url], at)

@@ -38,8 +38,16 @@ def arguments(description: str | None, words: Sequence[str] | None = None) -> ar
     parser.add_argument("--only", choices=EVERY_WAY, help="the others are left out")
     parser.add_argument("--bf16", action="store_true", help="a third server, which serves BF16")
     parser.add_argument("--fsdp", action="store_true", help="two trainer ranks, and a server of their own")
-    senders = ["rank_0", "auto", (0, 1), (1,)]
-    parser.add_argument("--send-from", nargs="+", type=ranks_of, default=["rank_0"], metavar="RANKS", choices=senders)
+    senders = ["rank_0", "auto", "holders", (0, 1), (1,)]
+    parser.add_argument(
+        "--send-from",
+        nargs="+",
+        type=ranks_of,
+        default=["rank_0"],
+        metavar="RANKS",
+        choices=senders,
+        help="of --fsdp, a row for each; rank_0 and holders (over same_host) without it, too",
+    )
     parser.add_argument("--load", type=int, nargs="+", default=[], metavar="STREAMS", help="so many requests generate")
     parser.add_argument("--in-flight", nargs="+", choices=get_args(InFlight), default=["retract", "keep"])
     parser.add_argument("--load-tokens", type=int, default=1000, help="that each request under load may generate")
@@ -72,7 +80,7 @@ def arguments(description: str | None, words: Sequence[str] | None = None) -> ar
 
 def ranks_of(text: str) -> SendFrom:
     """`0,1` as ranks, and a word as it is."""
-    return text if text in ("rank_0", "auto") else tuple(map(int, text.split(",")))  # type: ignore[return-value]
+    return text if text in ("rank_0", "auto", "holders") else tuple(map(int, text.split(",")))  # type: ignore[return-value]
 
 
 def server_args(chosen: argparse.Namespace, on_gpu: bool) -> list[str]:

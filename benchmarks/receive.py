@@ -24,12 +24,12 @@ from torch import Tensor, nn
 from benchmarks.quantize import copy_bandwidth, host_ms, median_ms
 from receiver_plugin import staging as staging_module
 from receiver_plugin.binding import BindingPlan
-from receiver_plugin.grouped_copy import GroupedCopy
 from receiver_plugin.recorder import Copy
 from receiver_plugin.staging import Staging
 from receiver_plugin.windows import View
 from shared import digest as digests
 from shared.buckets import Layout, make_layout
+from shared.grouped_copy import GroupedCopy
 from shared.numerics import BLOCK, scale_shape
 from shared.protocol import ManifestTensor
 

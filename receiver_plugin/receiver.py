@@ -170,11 +170,11 @@ class Receiver:
             raise SessionLostError("another sender's plan took the place of yours: offer again")
         self._sessions.close()
         self._planned_for = message.incarnation
-        rank = message.first_rank + self._ranks.index
+        rank, num_senders = message.first_rank + self._ranks.index, len(message.rendezvous)
         session = self._sessions.open(
             message,
             layout,
-            Need.of(self._model, plan, layout, message.plane == "same_host", len(message.rendezvous)),
+            Need.of(self._model, plan, layout, message.plane == "same_host", num_senders, message.slices),
             lambda room: self._make_staging(self._model, plan, layout, room),
             lambda: open_receivers(message.rendezvous, rank, len(layout.buckets), self._join),
             lambda: self._nothing_to_keep,

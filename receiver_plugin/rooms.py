@@ -10,6 +10,9 @@ All ranks of a server take the same way; the one that can do least decides.
 In reserved memory a rank that needs all that is sent keeps the buckets themselves, each in a place of its own, and
 spreads them over its parameters when it commits. One that needs its slices only spreads each bucket, as it comes, over
 an image of its parameters.
+
+Where trainer ranks write what they hold themselves (`Need.lands`), no bucket comes: it goes straight to the image in
+reserved memory, or to the live parameters.
 """
 
 from __future__ import annotations
@@ -57,6 +60,7 @@ class Need:
     `whole_bytes` for all `num_buckets` buckets.
 
     `exported`: buckets lie in memory that another process of this host can open. `num_at_once`: as of `Layout`.
+    `lands`: trainer ranks write the image, or the parameters.
     """
 
     sizes: dict[str, int]
@@ -66,17 +70,25 @@ class Need:
     num_at_once: int = 1
     whole_bytes: int = 1 << 62
     num_buckets: int = 0
+    lands: bool = False
 
     @classmethod
     def of(
-        cls, model: nn.Module, plan: BindingPlan, layout: Layout, exported: bool = False, num_senders: int = 1
+        cls,
+        model: nn.Module,
+        plan: BindingPlan,
+        layout: Layout,
+        exported: bool = False,
+        num_senders: int = 1,
+        lands: bool = False,
     ) -> Need:
         parameters = destinations(model)
         touched = dict.fromkeys([*(c.parameter for c in plan.copies), *(f.parameter for f in plan.fills)])
         device = next(iter(parameters.values())).device
-        num = _buckets_at_once(device, layout, num_senders)
+        num = 1 if lands else _buckets_at_once(device, layout, num_senders)
         sizes = {name: parameters[name].nbytes for name in touched}
-        return cls(sizes, layout.window_bytes(num), device, exported, num, layout.num_bytes, len(layout.buckets))
+        sizes_of_buckets = layout.window_bytes(num), device, exported, num, layout.num_bytes, len(layout.buckets)
+        return cls(sizes, *sizes_of_buckets, lands=lands)
 
     @property
     def image_bytes(self) -> int:
@@ -102,6 +114,7 @@ class Room:
 
     `bucket`: what `Layout.windows` lays buckets into, `num_at_once` at a time; None: as `num_at_once` says. `whole`:
     all of them, until the commit. `num_ahead`: how many may be on their way at a time; None: as many as have places.
+    `lands`: nothing comes in `bucket`, which has addresses and no memory; trainer ranks write where it goes.
     """
 
     way: StagingWay
@@ -110,6 +123,7 @@ class Room:
     num_at_once: int | None = None
     whole: bool = False
     num_ahead: int | None = None
+    lands: bool = False
 
     def leave(self) -> None:
         """Give back what was lent. The padded slots of a KV cache are read: what lies there must be numbers."""
@@ -153,16 +167,17 @@ def obstacles(
 
     `free`: of the reserved memory, as `free_of` has it; None: all of it.
     """
+    if need.lands:
+        return _obstacles_to_landing(need, memory, free)
     found: dict[StagingWay, str] = {}
     held = 0 if memory.reserved is None else memory.reserved.numel()
     total, least = need.image_bytes + need.bucket_bytes, need.image_bytes
     if memory.reserved is None or need.can_lie_in(memory.reserved):
         total, least = min(total, need.whole_bytes), min(least, need.whole_bytes)
     if held < total:
-        text = f"{held / 1e9:.2f} GB are reserved of {total / 1e9:.2f} GB"
-        found["reserved"] = f"{text}: start the server with --fp8sync-staging {ceil(total / 1e7) / 100}"
+        found["reserved"] = _too_little(held, total)
     elif free is not None and free.numel() < least:
-        found["reserved"] = "an earlier sender may still write to the reserved memory: it has to go on, or to end"
+        found["reserved"] = _STILL_WRITTEN
     try:
         lent = sum(buffer.numel() for buffer in _lent(memory))
         if lent < need.image_bytes:
@@ -177,6 +192,28 @@ def obstacles(
     except PlanError as error:
         for way in ("kv_pool", "in_place"):
             found.setdefault(way, str(error))
+    return found
+
+
+_STILL_WRITTEN = "an earlier sender may still write to the reserved memory: it has to go on, or to end"
+
+
+def _too_little(held: int, total: int) -> str:
+    text = f"{held / 1e9:.2f} GB are reserved of {total / 1e9:.2f} GB"
+    return f"{text}: start the server with --fp8sync-staging {ceil(total / 1e7) / 100}"
+
+
+def _obstacles_to_landing(need: Need, memory: Memory, free: torch.Tensor | None) -> dict[StagingWay, str]:
+    found: dict[StagingWay, str] = {"kv_pool": "trainer ranks that write what they hold write to no KV cache"}
+    held = 0 if memory.reserved is None else memory.reserved.numel()
+    if held < need.image_bytes:
+        found["reserved"] = _too_little(held, need.image_bytes)
+    elif memory.reserved is not None and not need.can_lie_in(memory.reserved):
+        found["reserved"] = "the reserved memory cannot be opened by another process"
+    elif free is not None and free.numel() < need.image_bytes:
+        found["reserved"] = _STILL_WRITTEN
+    if need.device.type == "cpu":
+        found["in_place"] = "parameters on a CPU lie in memory that no other process can open"
     return found
 
 
@@ -200,6 +237,8 @@ def enter(way: StagingWay, need: Need, memory: Memory, free: torch.Tensor | None
     Raises:
         PlanError: it is gone, or there is none for the bucket.
     """
+    if need.lands:
+        return _landing(way, need, memory.reserved if free is None else free)
     if way == "reserved" and memory.reserved is not None:
         return _reserved(need, memory.reserved if free is None else free)
     bucket = _own_bucket(need)
@@ -211,6 +250,15 @@ def enter(way: StagingWay, need: Need, memory: Memory, free: torch.Tensor | None
         raise PlanError(f"the KV cache cannot be used for staging any more: {error}") from error
     room.leave()
     return room
+
+
+def _landing(way: StagingWay, need: Need, free: torch.Tensor | None) -> Room:
+    addresses = torch.empty(need.bucket_bytes, dtype=torch.uint8)  # the system gives it memory when it is written to
+    if way == "in_place":
+        return Room(way, [], addresses, 1, lands=True)
+    if free is None or free.numel() < need.image_bytes:
+        raise PlanError("the reserved memory is no longer free: an earlier sender may still write there")
+    return Room(way, [free[: need.image_bytes]], addresses, 1, lands=True)
 
 
 def _reserved(need: Need, free: torch.Tensor) -> Room:

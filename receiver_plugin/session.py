@@ -2,9 +2,10 @@
 
 The thread joins the data plane, then waits for pushes. For each it receives every bucket into the bucket buffer, takes
 the digest, and leaves the bucket where it is, or scatters it over the staging image, or over the live parameters of a
-server that stages in place. It never talks to other ranks. Once a transfer has ended, its thread writes nothing more,
-wherever it is. An error ends the push and is kept for the next control message; the sender makes a new session after
-it.
+server that stages in place. Where trainer ranks write what they hold themselves, it tells them where everything goes,
+and takes the digest of what they have written. It never talks to other ranks. Once a transfer has ended, its thread
+writes nothing more, wherever it is. An error ends the push and is kept for the next control message; the sender makes a
+new session after it.
 
 Between pushes the thread looks whether the sender is still there. If it is gone, or no push can come any more, the
 thread ends; the next message, whoever sends it, ends the session.
@@ -21,11 +22,12 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 
+from receiver_plugin.landing import Landing
 from receiver_plugin.staging import Staging
 from shared.buckets import Layout
 from shared.digest import begin_digest
 from shared.errors import Fp8SyncError, ReceiveError, TransferError
-from shared.planes import ReceiveHalf, TellsPlaces
+from shared.planes import ReceiveHalf, TakesSlices, TellsPlaces
 from shared.protocol import Open, StagingWay
 from shared.turns import frequent_turns
 
@@ -34,6 +36,7 @@ logger = logging.getLogger(__name__)
 _LOOK_S = 1.0  # how often an idle session looks whether its sender is there
 _INTERRUPT_S = 5.0
 _PLACES_AHEAD = 3
+_LAND_S = 30.0  # to tell where everything goes
 _GRACE_S = 60.0  # for what was staged, after its deadline: a commit that came in time may still be at work
 
 
@@ -127,6 +130,8 @@ class Session:
         self.id, self.sender, self._secret = opened.session, opened.sender, opened.secret
         self.way, self._stage, self._device = way, stage, device
         self.exclusive = way != "reserved"  # its transfers use what requests use
+        self._lands = opened.slices
+        self.writes_live = False  # whether trainer ranks may still write to live parameters, after its end, too
         self._staging: Staging | None = None if self.exclusive else stage(None)
         self.writes_from: int | None = None  # the address from which on its thread may still write after its end
         self._left: Staging | None = None  # that of the last transfer, without its memory
@@ -137,9 +142,13 @@ class Session:
         self._wake = threading.Condition()
         self._pending: Transfer | None = None
         self._closed = False
-        if way == "in_place" and device.type == "cuda":  # tables for all of its transfers, while requests go on
+        self._landing: Landing | None = None  # for all of its transfers
+        if way == "in_place" and (device.type == "cuda" or self._lands):  # tables are made while requests go on
             self.make_room()
+            self._landing = self.staging.landing
             self.give_room_back()
+        elif self._lands:
+            self._landing = self.staging.landing
         self._plane: ReceiveHalf | None = None
         self._thread = threading.Thread(target=self._run, args=(join,), name="fp8sync-receive", daemon=True)
         self._thread.start()
@@ -168,7 +177,10 @@ class Session:
 
     def begin(self, version: int, deadline_s: float) -> None:
         self.transfer = Transfer(version, deadline_s, self.staging)
-        self.writes_from = self.staging.room.bucket.data_ptr()
+        room = self.staging.room
+        self.writes_from = (room.buffers[0] if room.lands and room.buffers else room.bucket).data_ptr()
+        self.writes_live = room.lands and self.exclusive
+        self.staging.will_be_written()
         with self._wake:
             self._pending = self.transfer
             self._wake.notify()
@@ -229,6 +241,8 @@ class Session:
         failure: str | None = None
         try:
             plane = self._plane = join()
+            if self._landing is not None:
+                _taking_slices(plane).land(self._landing.memories, self._landing.slices, _LAND_S)
         except Fp8SyncError as error:
             failure = str(error)
         except Exception as error:
@@ -266,23 +280,12 @@ class Session:
         return lambda data, bucket: begin_digest(data, secret=self._secret, version=version, bucket=bucket)
 
     def _receive(self, plane: ReceiveHalf, transfer: Transfer) -> str | None:
-        staging = transfer.staging
-        stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
-        coming = deque[tuple[int, int]]()  # buckets that may still be on their way, with their digests
-        num_told, num_ahead = 0, max(_PLACES_AHEAD, staging.num_ahead)
+        """Why it failed, or None."""
         try:
-            with torch.no_grad(), torch.cuda.stream(stream), frequent_turns(), _until_done(stream):
-                for bucket in self._layout.buckets:
-                    num_told = self._tell_places(plane, transfer, num_told, bucket.index + num_ahead)
-                    if len(coming) == staging.num_ahead:
-                        self._take(plane, transfer, *coming.popleft(), stream)
-                    sent = plane.receive(staging.bucket(bucket.index), transfer.remaining_s())
-                    coming.append((bucket.index, sent))
-                while coming:
-                    self._take(plane, transfer, *coming.popleft(), stream)
-                transfer.digests = [found() for found in transfer.taken]
-                if self.exclusive:
-                    plane.release(transfer.remaining_s())
+            if self._landing is None:
+                self._receive_buckets(plane, transfer)
+            else:
+                self._receive_slices(_taking_slices(plane), self._landing, transfer)
         except Fp8SyncError as error:
             return str(error)
         except Exception as error:
@@ -290,6 +293,47 @@ class Session:
             logger.exception("fp8sync: receiving version %d failed", transfer.version)
             return f"{type(error).__name__}: {error}"
         return None
+
+    def _receive_slices(self, plane: TakesSlices, landing: Landing, transfer: Transfer) -> None:
+        """What trainer ranks write themselves, bucket by bucket, and the digest of it from where it lies."""
+        sent = list[int]()
+        stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        with torch.no_grad(), torch.cuda.stream(stream), frequent_turns(), _until_done(stream):
+            for index, expected in enumerate(landing.num_bytes):
+                num_bytes, digest = plane.written(transfer.remaining_s())
+                if num_bytes != expected:
+                    raise TransferError(f"{num_bytes} bytes of bucket {index} were written, expected {expected}")
+                sent.append(digest)
+                with transfer.writing:
+                    transfer.check_wanted()
+                    transfer.taken.append(landing.begin_digest(index, self._secret, transfer.version))
+            wrong = [
+                index for index, (found, told) in enumerate(zip(transfer.taken, sent, strict=True)) if found() != told
+            ]
+            if wrong:
+                raise TransferError(f"the bytes of bucket(s) {wrong} are not those that were sent")
+            self.writes_live = False  # all have ended
+            with transfer.writing:
+                transfer.check_wanted()
+                landing.settle()
+
+    def _receive_buckets(self, plane: ReceiveHalf, transfer: Transfer) -> None:
+        staging = transfer.staging
+        stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        coming = deque[tuple[int, int]]()  # buckets that may still be on their way, with their digests
+        num_told, num_ahead = 0, max(_PLACES_AHEAD, staging.num_ahead)
+        with torch.no_grad(), torch.cuda.stream(stream), frequent_turns(), _until_done(stream):
+            for bucket in self._layout.buckets:
+                num_told = self._tell_places(plane, transfer, num_told, bucket.index + num_ahead)
+                if len(coming) == staging.num_ahead:
+                    self._take(plane, transfer, *coming.popleft(), stream)
+                sent = plane.receive(staging.bucket(bucket.index), transfer.remaining_s())
+                coming.append((bucket.index, sent))
+            while coming:
+                self._take(plane, transfer, *coming.popleft(), stream)
+            transfer.digests = [found() for found in transfer.taken]
+            if self.exclusive:
+                plane.release(transfer.remaining_s())
 
     def _tell_places(self, plane: ReceiveHalf, transfer: Transfer, num_told: int, until: int) -> int:
         """How many places the sender knows ahead of their buckets, `until` at most: those that nothing else is in."""
@@ -312,3 +356,10 @@ class Session:
             finally:
                 if stream is not None and not transfer.staging.room.whole:
                     stream.synchronize()  # on errors, too: who takes the lock next may free the memory
+
+
+def _taking_slices(plane: object) -> TakesSlices:
+    """Raises: TransferError: it is another kind of plane."""
+    if not isinstance(plane, TakesSlices):
+        raise TransferError("trainer ranks write slices to memory of their own host: they need plane='same_host'")
+    return plane

@@ -71,6 +71,7 @@ class Sessions:
         Raises: PlanError: no memory on some rank; there is no session then.
         """
         patience_s = _LINGER_S if message.staging in ("auto", "reserved") else 0.0
+        collect(self._ranks, self._check_quiet)
         found = collect(self._ranks, lambda: obstacles(need, self._memory, message.staging, self._free(patience_s)))
         way = choose(message.staging, found)
 
@@ -94,6 +95,15 @@ class Sessions:
             raise
         assert self.current is not None
         return self.current
+
+    def _check_quiet(self) -> None:
+        """Raises: ServerBusyError: trainer ranks of an earlier session may still write to live parameters."""
+        end = time.monotonic() + _LINGER_S
+        for session in self._closed:
+            if session.writes_live and session.lingers_for(end - time.monotonic()):
+                raise ServerBusyError(
+                    f"sender {session.sender} may still write to its parameters: it has to go on, or end"
+                )
 
     def _free(self, patience_s: float = 0.0) -> torch.Tensor | None:
         """What no earlier session may write to of the reserved memory; those that are about to end are waited for."""

@@ -5,11 +5,13 @@ All is resolved once into pairs of views; when a bucket comes there is no name, 
     accept(i)    bucket buffer -> image     one grouped copy a bucket
     commit()     image -> live parameters   one grouped copy, in place; addresses never change
 
-On a GPU a grouped copy is a launch or two, from tables that are made here (`receiver_plugin/grouped_copy.py`).
+On a GPU a grouped copy is a launch or two, from tables that are made here (`shared/grouped_copy.py`).
 
 The image is as large as the parameters of this rank and lies in a `Room`: one piece of memory, or several, among which
 parameters are cut wherever one ends. A room that keeps whole buckets has none, and one copy from all of these to the
 live parameters at the commit. In place there is none either: each bucket goes to the live parameters as it comes.
+
+Where trainer ranks write what they hold themselves there are no buckets, but a `Landing`, of the same pairs.
 """
 
 from __future__ import annotations
@@ -26,14 +28,13 @@ from torch import nn
 
 from receiver_plugin.binding import BindingPlan
 from receiver_plugin.held import Places, destinations
+from receiver_plugin.landing import Landing, Pairs
 from receiver_plugin.recorder import Copy
 from receiver_plugin.rooms import Need, Room, aligned, num_at_once, own_room
 from receiver_plugin.windows import View
 from shared.buckets import Bucket, Layout
 from shared.coverage import Box
 from shared.errors import TransferError
-
-Pairs = tuple[list[torch.Tensor], list[torch.Tensor]]  # to, of
 
 
 class Piece(NamedTuple):
@@ -87,12 +88,19 @@ class Staging:
         if self._has_image:
             self._fill()
         self._scatter: list[Callable[[], None] | None] = [None] * len(layout.buckets)
-        if not self.room.whole:
+        self.landing: Landing | None = None
+        if self.room.lands:
+            self.landing = Landing(self._resolve(plan.copies), self._windows)
+        elif not self.room.whole:
             self._scatter = [copier(*pairs) for pairs in self._resolve(plan.copies)]
         self._commit = copier(*self._staged())
         # The tables of a GPU are made of these addresses, and hold no memory.
         keeps = all(_knows_addresses_only(copy) for copy in self._scatter if copy is not None)
         self._bucket_address = self.room.bucket.data_ptr() if keeps and self._in_place else None
+
+    def will_be_written(self) -> None:
+        """Trainer ranks may write where it lands, from here on, and nobody hears of the first byte."""
+        self.touched |= self._in_place and self.landing is not None
 
     def _take_in(self, room: Room) -> None:
         self.room = room
@@ -103,13 +111,18 @@ class Staging:
         return sum(buffer.numel() for buffer in self.room.buffers) + self.room.bucket.numel()
 
     def leave(self) -> bool:
-        """Give the memory back; whether `enter` may be tried with other memory."""
+        """Give the memory back; whether `enter` may be tried with other memory. Nothing was lent where it lands."""
+        if self.landing is not None:
+            return True
         self.room.leave()
         self.room, self._windows = Room(self.room.way, [], self.room.bucket.new_empty(0)), []
         return self._bucket_address is not None
 
     def enter(self, room: Room) -> bool:
         """Whether all that was resolved holds in `room`; it is taken then, for another transfer."""
+        if self.landing is not None:
+            self.touched = False
+            return True
         if room.bucket.data_ptr() != self._bucket_address:
             return False
         self._take_in(room)
@@ -213,7 +226,7 @@ def copier(to: list[torch.Tensor], of: list[torch.Tensor]) -> Callable[[], None]
     if not to:
         return None
     if to[0].device.type == "cuda" and find_spec("triton") is not None:
-        from receiver_plugin.grouped_copy import GroupedCopy
+        from shared.grouped_copy import GroupedCopy
 
         return GroupedCopy(to, of).run
     return partial(torch._foreach_copy_, to, of)

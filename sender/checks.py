@@ -55,8 +55,10 @@ def check_send_from(
         wrong = not send_from or len(set(send_from)) < len(send_from)
         if wrong or not all(type(rank) is int and 0 <= rank < num_ranks for rank in send_from):
             raise ConfigError(f"send_from={send_from!r}: it names some of the {num_ranks} trainer ranks, each once")
-    elif send_from != "auto":
-        raise ConfigError(f"send_from={send_from!r}: it is 'rank_0', 'auto', or a tuple of trainer ranks")
+    elif send_from not in ("auto", "holders"):
+        raise ConfigError(f"send_from={send_from!r}: it is 'rank_0', 'auto', 'holders', or a tuple of trainer ranks")
+    if send_from == "holders" and plane != "same_host":
+        raise ConfigError("send_from='holders' writes to memory of servers of this host: it takes plane='same_host'")
     for what, is_meant in (("plane='memory'", plane == "memory"), ("quorum", quorum is not None)):
         if is_meant:
             raise ConfigError(f"send_from={send_from!r}: {what} takes rank 0 alone")

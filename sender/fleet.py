@@ -69,7 +69,8 @@ def _last_ones(sizes: Sequence[int]) -> int:
 class Fleet:
     """The servers, the data plane to them, and the push under way.
 
-    `gpu`: from which the plane `nccl` sends. `make_memory_plane` is a test's way to put faults on the in-memory plane.
+    `gpu`: from which the plane `nccl` sends. `slices`: trainer ranks write what they hold of every bucket.
+    `make_memory_plane` is a test's way to put faults on the in-memory plane.
     """
 
     def __init__(
@@ -84,12 +85,13 @@ class Fleet:
         staging: wire.StagingChoice = "auto",
         quorum: int | None = None,
         gpu: int | None = None,
+        slices: bool = False,
         make_memory_plane: Callable[[wire.Rendezvous], SendHalf] = MemoryPlane,
     ) -> None:
         self._servers = Servers(servers, timeout_s, quorum)
         self._config, self._plane_name, self._timeout_s = config, plane, timeout_s
         self._in_flight, self._strict, self._wanted = in_flight, strict, staging
-        self._make_memory_plane, self._gpu = make_memory_plane, gpu
+        self._make_memory_plane, self._gpu, self._slices = make_memory_plane, gpu, slices
         self.half = SendingHalf(plane, timeout_s, gpu, lambda meeting: self._make_memory_plane(meeting))  # of this rank
         self._name = f"{socket.gethostname()}-{secrets.token_hex(4)}"
         self._incarnations: dict[str, str] = {}
@@ -259,6 +261,7 @@ class Fleet:
                     plan_hash=plan.layout.plan_hash,
                     bucket_bytes=plan.layout.bucket_bytes,
                     staging=self._wanted,
+                    slices=self._slices,
                     rendezvous=tuple(meetings[rank][number] for rank in plan.senders),
                 )
                 for number, name in enumerate(self.names)
@@ -352,8 +355,15 @@ class Fleet:
 
         Raises: TransferError: it did not go out; where a server knows why, its `ReceiveError`.
         """
-        waits = index >= self._last_ones and self._commits_unasked and self._senders == (0,)
-        self._with_blame(lambda: self.half.send(bucket, index, check, waits))
+        self._with_blame(lambda: self.half.send(bucket, index, check, self._waits(index)))
+
+    def put(self, step: Callable[[], None], index: int) -> None:
+        """Write slices of bucket `index`, now or later, as `send`. Raises: as `send`."""
+        self._with_blame(lambda: self.half.put(step, index, self._waits(index)))
+
+    def _waits(self, index: int) -> bool:
+        """Whether bucket `index` leaves behind the commit."""
+        return index >= self._last_ones and self._commits_unasked and self._senders == (0,)
 
     def room(self, num_bytes: int) -> torch.Tensor | None:
         """Where the bucket that comes next may be made, on whatever device that is; or None."""

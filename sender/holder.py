@@ -29,6 +29,14 @@ class WayOut(Protocol):
     def rehearse(self, bucket: torch.Tensor) -> None: ...
 
 
+class AnyHolder(Protocol):
+    """What the steps of a push need of one, whatever it makes of a bucket."""
+
+    def forget(self) -> None: ...
+
+    def check_finite(self) -> None: ...
+
+
 class Holder:
     """Of trainer rank `rank`. `keeper`: of the snapshot of what was sent."""
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from sender.fleet import Fleet
-from sender.holder import Holder
+from sender.holder import AnyHolder
 from sender.plan import PushPlan
 from sender.report import PhaseClock, PushReport
 from sender.sending_ranks import SendingRanks
@@ -23,7 +23,7 @@ class Leader:
     def __init__(
         self,
         fleet: Fleet,
-        holder: Holder,
+        holder: AnyHolder,
         sending: SendingRanks,
         bucket_bytes: int,
         turns: Turns,

@@ -29,14 +29,16 @@ class Packer:
         device: torch.device,
         early: frozenset[str] = frozenset(),
         mine: Sequence[Bucket] | None = None,
+        whole: bool = True,
     ) -> None:
-        """`early`: those that come as rows, quantized or copied. `mine`: buckets that are packed here; None: all."""
+        """`early`: those that come as rows, quantized or copied. `mine`: buckets that are packed here; None: all.
+        `whole`: with what came as rows; else that is written by those who made it, and has no place here."""
         mine = layout.buckets if mine is None else mine
-        self._config = config
+        self._config, self._whole = config, whole
         self._names = [tensor.name for tensor in layout.tensors]
         self._row = {name: row for row, name in enumerate(self._names)}
         self._device = device
-        size = layout.largest_bucket_bytes if device.type != "cuda" else 0
+        size = max((bucket.num_bytes for bucket in mine), default=0) if device.type != "cuda" else 0
         self._memory = torch.zeros(size, dtype=torch.uint8, device=device)
         self._nonfinite = torch.zeros(len(self._names), dtype=torch.int32, device=device)
         self._gaps = {bucket.index: _gaps(bucket, device) for bucket in mine}
@@ -67,7 +69,7 @@ class Packer:
         packed = into if into is not None else self._memory[: bucket.num_bytes]
         if into is None and self._device.type == "cuda":
             packed = torch.empty(bucket.num_bytes, dtype=torch.uint8, device=self._device)
-        if rows is None and len(self._late[bucket.index]) != len(bucket.entries):
+        if self._whole and rows is None and len(self._late[bucket.index]) != len(bucket.entries):
             raise ConfigError(
                 f"bucket {bucket.index}: the tensors of which ranks were to send their rows have not come"
             )
@@ -81,6 +83,10 @@ class Packer:
         for entry in self._late[bucket.index]:
             self._pack_one(entry, weights[entry.tensor.name], packed)
         return packed
+
+    def note(self, rows: ReceivedRows) -> None:
+        """That ranks found inf or NaN in what they made."""
+        rows.note_in(self._nonfinite)
 
     def _pack_one(self, entry: Entry, weight: torch.Tensor, packed: torch.Tensor) -> None:
         row, values = self._row[entry.tensor.name], entry.values.view(packed)

@@ -28,12 +28,14 @@ class PushPlan:
     """What is sent, in which buckets, for the offer `offered`. `rows`: which of it comes as rows of every rank.
 
     `senders`: the trainer ranks that send; bucket i is packed and sent by the one that is number i modulo their number.
+    `slices`: all of them write what they hold of every bucket; the one that packs it, what was gathered whole.
     """
 
     offered: tuple[TensorSpec, ...]
     layout: Layout
     rows: RowsPlan | None = field(default=None, compare=False, repr=False)
     senders: tuple[int, ...] = (0,)
+    slices: bool = False
 
     def sender_of(self, bucket: Bucket) -> int:
         return self.senders[bucket.index % len(self.senders)]
@@ -46,7 +48,7 @@ class PushPlan:
         """For a model that is sharded so: this plan if it is one, else one of the same layout."""
         if self.rows is not None and self.rows.still_holds(sharding, cuts, self.senders):
             return self
-        return replace(self, rows=plan_rows(self.layout, sharding, cuts, rank, num_ranks, self.senders))
+        return replace(self, rows=plan_rows(self.layout, sharding, cuts, rank, num_ranks, self.senders, self.slices))
 
     @property
     def early(self) -> frozenset[str]:
@@ -70,8 +72,8 @@ class PushPlan:
         return _MANIFEST.dump_json(self.layout.tensors).decode()
 
     @classmethod
-    def from_json(cls, text: str, offered: tuple[TensorSpec, ...], bucket_bytes: int) -> PushPlan:
-        return cls(offered, make_layout(_MANIFEST.validate_json(text), bucket_bytes))
+    def from_json(cls, text: str, offered: tuple[TensorSpec, ...], bucket_bytes: int, slices: bool = False) -> PushPlan:
+        return cls(offered, make_layout(_MANIFEST.validate_json(text), bucket_bytes), slices=slices)
 
 
 def agree(

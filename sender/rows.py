@@ -101,6 +101,10 @@ class ReceivedRows:
         nonfinite: int32, one for each tensor of the layout; more than 0 afterwards where a rank found inf or NaN.
         """
         self.backend.unpack(self.index, self.chunks, packed)
+        self.note_in(nonfinite)
+
+    def note_in(self, nonfinite: torch.Tensor) -> None:
+        """As `put_into`, the flags alone."""
         places, tensors = self.flags
         nonfinite.index_add_(0, tensors, self.chunks.view(torch.int32)[places])
 
@@ -113,8 +117,10 @@ class RowsGather:
         self.plan, self.device = plan, device
         buckets, most = [bucket for bucket in plan.buckets if bucket is not None], bucket_bytes + bucket_bytes // 8
         self._amax = torch.zeros(plan.num_amax, dtype=torch.int32, device=device)
-        self._chunk = _bytes(_largest((bucket.num_bytes for bucket in buckets), most), device)
-        self._chunks = _bytes(_largest((sum(bucket.chunk_bytes) for bucket in buckets), most), device)
+        kept = [] if plan.stays and device.type == "cuda" else buckets
+        self._chunk = _bytes(_largest((bucket.num_bytes for bucket in kept), most), device)
+        gathered = [] if plan.stays else buckets
+        self._chunks = _bytes(_largest((sum(bucket.chunk_bytes) for bucket in gathered), most), device)
         self._mine = self._chunk[:0]
         self._flags = [_flags(bucket, device) if bucket is not None else None for bucket in plan.buckets]
         self._backend: RowsBackend = _backend(plan, config, device)
@@ -132,15 +138,23 @@ class RowsGather:
         if bucket is None:
             return
         self._mine = _first(self._chunk, bucket.num_bytes)
+        if self.plan.stays and self.device.type == "cuda":  # it is written from there while the next one is made
+            self._mine = torch.empty(bucket.num_bytes, dtype=torch.uint8, device=self.device)
         if bucket.parts:
             bucket.flags_of(self._mine).zero_()
             self._backend.quantize(index, held.locals, self._amax, self._mine)
 
     def gather(self, index: int, held: Sharding) -> ReceivedRows | None:
-        """Collective, also for ranks that have nothing of the bucket. The chunks on the rank that packs it."""
-        bucket = self.plan.buckets[index]
+        """Collective, also for ranks that have nothing of the bucket. The chunks on the rank that packs it.
+
+        Where chunks stay with those who made them: this rank's, and no collective.
+        """
+        bucket, flags = self.plan.buckets[index], self._flags[index]
         if bucket is None:
             return None
+        if self.plan.stays and flags is not None:
+            mine, self._mine = self._mine, self._chunk[:0]
+            return ReceivedRows(index, mine, flags, self._backend)
         to = self.plan.goes_to(index)
         sent = [bucket.num_bytes if rank == to else 0 for rank in range(self.plan.num_ranks)]
         sizes = list(bucket.chunk_bytes) or [0] * self.plan.num_ranks
@@ -148,7 +162,6 @@ class RowsGather:
         chunks = _first(self._chunks, sum(sizes))
         # Not `gather`, which takes as many bytes of every rank: of experts, one rank may hold a whole bucket.
         dist.all_to_all_single(chunks, mine, sizes, sent, held.group)
-        flags = self._flags[index]
         return ReceivedRows(index, chunks, flags, self._backend) if flags is not None and self.plan.rank == to else None
 
 

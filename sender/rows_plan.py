@@ -16,7 +16,8 @@ Made once, from facts that are the same on every rank (`sender.sharding`), so no
 A tensor goes this way if it is a run of whole rows of a parameter that is sharded by rows; an expert is, in a parameter
 of all experts. All others are gathered whole and quantized where they are packed.
 
-Buckets are packed by `senders` in turn (rank 0 alone, unless several ranks send). Of the chunks of other ranks a rank
+Where every rank writes what it holds itself (`sender.slices`), chunks stay where they are made. Else
+buckets are packed by `senders` in turn (rank 0 alone, unless several ranks send). Of the chunks of other ranks a rank
 lays out those of the buckets that it packs itself, and no others.
 """
 
@@ -88,7 +89,8 @@ class BucketRows:
 class RowsPlan:
     """`names`: the tensors that come so, quantized or copied. `buckets`: by number, None for one without any.
     `num_amax`: values in the buffer of the blocks that cross ranks. `num_bytes`: codes and scales of all ranks.
-    `senders`: bucket i goes to the rank that is number i modulo their number."""
+    `senders`: bucket i goes to the rank that is number i modulo their number; `stays`: to none, all keep theirs.
+    """
 
     rank: int
     num_ranks: int
@@ -98,6 +100,7 @@ class RowsPlan:
     num_bytes: int
     made_for: tuple[tuple[ShardedRows, ...], Cuts] = field(repr=False)
     senders: tuple[int, ...] = (0,)
+    stays: bool = False
 
     def still_holds(self, sharding: Sharding, cuts: Cuts, senders: tuple[int, ...] = (0,)) -> bool:
         parameters, known = self.made_for
@@ -110,14 +113,21 @@ class RowsPlan:
 
 
 def plan_rows(
-    layout: Layout, sharding: Sharding, cuts: Cuts, rank: int, num_ranks: int, senders: tuple[int, ...] = (0,)
+    layout: Layout,
+    sharding: Sharding,
+    cuts: Cuts,
+    rank: int,
+    num_ranks: int,
+    senders: tuple[int, ...] = (0,),
+    stays: bool = False,
 ) -> RowsPlan:
     """`cuts`: the tensors of every parameter of `sharding`, by its name."""
     sources = dict(_sources(sharding, cuts))
-    maker = _Maker(sharding.parameters, rank, num_ranks)
+    maker = _Maker(sharding.parameters, rank)
     number = 0
     for bucket in layout.buckets:
-        maker.begin(packs=senders[bucket.index % len(senders)] == rank)
+        packs = not stays and senders[bucket.index % len(senders)] == rank
+        maker.begin([rank] if stays else range(num_ranks) if packs else ())
         for entry in bucket.entries:
             if (source := sources.get(entry.tensor.name)) is not None and _fits(entry, sharding, source):
                 maker.add(entry, number, *source)
@@ -125,7 +135,7 @@ def plan_rows(
         maker.end()
     names, buckets = frozenset(maker.names), tuple(maker.buckets)
     made_for = (sharding.parameters, cuts)
-    return RowsPlan(rank, num_ranks, names, buckets, maker.num_amax, maker.num_bytes, made_for, senders)
+    return RowsPlan(rank, num_ranks, names, buckets, maker.num_amax, maker.num_bytes, made_for, senders, stays)
 
 
 def held_bytes(layout: Layout, sharding: Sharding, cuts: Cuts, num_ranks: int) -> list[int]:
@@ -214,16 +224,16 @@ def _aligned(num_bytes: int) -> int:
 class _Maker:
     """Goes through the tensors in the order of the layout. Who packs a bucket lays out the chunks of all ranks."""
 
-    def __init__(self, parameters: tuple[ShardedRows, ...], rank: int, num_ranks: int) -> None:
-        self._parameters, self._rank, self._num_ranks = parameters, rank, num_ranks
+    def __init__(self, parameters: tuple[ShardedRows, ...], rank: int) -> None:
+        self._parameters, self._rank = parameters, rank
         self.names: list[str] = []
         self.buckets: list[BucketRows | None] = []
         self.num_amax = self.num_bytes = 0
 
-    def begin(self, packs: bool) -> None:
-        """`packs`: whether this rank packs the bucket."""
+    def begin(self, laid_out: Sequence[int]) -> None:
+        """`laid_out`: the ranks whose chunks of the bucket come to this one."""
         self._parts: list[Part] = []
-        self._laid_out: Sequence[int] = range(self._num_ranks) if packs else ()
+        self._laid_out = laid_out
         self._chunks = {rank: _Chunk() for rank in self._laid_out or [self._rank]}
         self._is_used = False
 

@@ -40,6 +40,7 @@ from sender.plan import PushPlan, QuantizeWhen
 from sender.ranks import Lead, TrainerRanks, TryAgain
 from sender.report import PhaseClock, PushReport
 from sender.sending_ranks import SendFrom, SendingRanks
+from sender.slices import SliceHolder
 from sender.snapshot import Keeper
 from sender.source import Shard, ShardSource, WeightSource
 from sender.sources import Sources
@@ -127,11 +128,14 @@ class FP8Sender:
             strict=strict,
             staging=staging,
             quorum=quorum,
+            slices=(slices := send_from == "holders"),
             gpu=torch.cuda.current_device() if plane in ("nccl", "same_host") and torch.cuda.is_available() else None,
         )
         self._quorum, self._turns, self._keeper = quorum, Turns(timeout_s), Keeper(keep_snapshot)
         way_out = self._fleet if self._ranks.is_leader else self._fleet.half
-        self._holder = Holder(way_out, self._config, self._ranks.rank, self._keeper)
+        self._holder: Holder | SliceHolder = Holder(way_out, self._config, self._ranks.rank, self._keeper)
+        if slices:
+            self._holder = SliceHolder(way_out, self._fleet.half, self._config, self._ranks.rank)
         self._sending = SendingRanks(
             send_from, plane, self._ranks, self._fleet, self._holder, timeout_s, self._patience_s
         )
@@ -149,7 +153,7 @@ class FP8Sender:
             clock = PhaseClock()
             source, plan, lead = self._meet_and_plan("prepare", lambda: self._sources.of(model), clock, ask=True)
             for bucket, gathered in self._gathered(source, plan, clock):
-                lead.run(self._holder.rehearse, plan, bucket, gathered, on=plan.sender_of(bucket))
+                lead.run(self._holder.rehearse, plan, bucket, gathered, on=self._maker_of(plan, bucket))
             source.release()
             self._sending.hear_of_failures(plan, lead, self._timeout_s)
             lead.finish("", self._patience_s, self._fail)
@@ -181,7 +185,7 @@ class FP8Sender:
         Training may change the weights at once. No other call of this sender may come before `wait()`.
         """
         check_version(version)
-        if not self._sending.is_rank_0:
+        if not isinstance(self._holder, Holder) or not self._sending.is_rank_0:
             raise ConfigError("push_async sends from rank 0 alone: push, or FP8Sender(send_from='rank_0')")
         clock, snapshot = PhaseClock(), list[torch.Tensor]()
         with self._ending_its_turn():
@@ -277,12 +281,12 @@ class FP8Sender:
                 self._sending.begin(plan, lead, self._fail)
         for bucket, gathered in self._gathered(source, plan, clock):
             with clock.phase("quantize"):
-                packed = lead.run(self._holder.pack, plan, bucket, gathered, on=plan.sender_of(bucket))
+                packed = lead.run(self._holder.pack, plan, bucket, gathered, on=self._maker_of(plan, bucket))
             if bucket.index == 0 and self._sending.is_rank_0:
                 with clock.phase("plan"):  # servers have heard of the push meanwhile
                     lead.run(self._leader.begin, version)
             with clock.phase("send"):
-                lead.run(self._holder.send, packed, bucket.index, on=plan.sender_of(bucket))
+                lead.run(self._holder.send, packed, bucket.index, on=self._maker_of(plan, bucket))
         source.release()
         self._publish(plan, lead, clock)
         return self._finish(plan, lead, clock)
@@ -348,6 +352,10 @@ class FP8Sender:
                 source = make_source()
                 return source, self._plan(source, lead, same_plan, ask or first is not None), lead
 
+    def _maker_of(self, plan: PushPlan, bucket: Bucket) -> int:
+        """Which rank makes something of `bucket`, and sends it: where slices are written each does, so this one."""
+        return self._ranks.rank if plan.slices else plan.sender_of(bucket)
+
     @contextmanager
     def _ending_its_turn(self) -> Iterator[None]:
         """Whatever a push ends with, on the thread that began it: others have their turn, servers are told."""
@@ -378,7 +386,7 @@ class FP8Sender:
         try:
             text = lead.finish(found, self._patience_s, self._fail, self._fleet.leave_out_the_guilty)
             if text or self._planned is None:
-                plan = PushPlan.from_json(text, source.tensors, self._bucket_bytes)
+                plan = PushPlan.from_json(text, source.tensors, self._bucket_bytes, self._sending.slices)
                 alone = self._sending.is_rank_0
                 self._planned = plan if alone else self._sending.open(plan, source, lead, self._fail)
         except (Fp8SyncError, TryAgain):

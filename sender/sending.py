@@ -54,6 +54,7 @@ class SendingHalf:
         self.digests: dict[int, int] = {}
         self._room: torch.Tensor | None = None  # where a bucket may be made
         self._waiting = deque[_Waiting]()
+        self._puts = deque[Callable[[], None]]()
 
     # Once
 
@@ -79,7 +80,7 @@ class SendingHalf:
 
     def begin(self, version: int) -> None:
         self.version, self.digests = version, {}
-        self._waiting.clear()
+        self.forget()
 
     def send(
         self, bucket: torch.Tensor, index: int, check: Callable[[], None] | None = None, waits: bool = False
@@ -110,10 +111,17 @@ class SendingHalf:
             if self.settles:
                 self._opened.flush()
 
+    def put(self, step: Callable[[], None], index: int = 0, waits: bool = False) -> None:
+        """`step` writes slices of a bucket. On a GPU it is taken with the next call, and if it `waits` with `flush`."""
+        self._puts.append(step)
+        on_gpu = self._gpu is not None
+        while not (on_gpu and waits) and len(self._puts) > on_gpu:
+            self._puts.popleft()()
+
     @property
     def is_ahead(self) -> bool:
         """Whether buckets wait for the next call."""
-        return bool(self._waiting)
+        return bool(self._waiting or self._puts)
 
     def take_digests_ahead(self) -> None:
         """Of the buckets that wait, too."""
@@ -139,6 +147,8 @@ class SendingHalf:
     def flush(self) -> None:
         """Return when all has left. Raises: TransferError."""
         self._send_waiting()
+        while self._puts:
+            self._puts.popleft()()
         self._opened.flush()
 
     @property
@@ -152,10 +162,11 @@ class SendingHalf:
     def forget(self) -> None:
         """Buckets that wait are not sent any more."""
         self._waiting.clear()
+        self._puts.clear()
 
     def close(self) -> None:
         """Leave the plane; whoever waits for something from here hears that it is over. Idempotent."""
-        self._waiting.clear()
+        self.forget()
         self._listening = self._room = None
         plane, self.plane = self.plane, None
         if plane is not None:

@@ -28,7 +28,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from sender.control import ControlClient
 from sender.fleet import Fleet
-from sender.holder import Holder
+from sender.holder import AnyHolder
 from sender.links_plan import BusiestLink, Links
 from sender.plan import PushPlan
 from sender.ranks import Lead, TrainerRanks
@@ -42,7 +42,7 @@ from shared.place import place_of
 logger = logging.getLogger(__name__)
 
 OnFailure = Callable[[Exception], None]
-SendFrom = Literal["rank_0", "auto"] | tuple[int, ...]
+SendFrom = Literal["rank_0", "auto", "holders"] | tuple[int, ...]
 _TOLD_S = 30.0  # for what a rank has to say at once, after it has joined
 _MEETINGS = TypeAdapter(tuple[wire.Rendezvous, ...])
 _DIGESTS = TypeAdapter(dict[int, int])
@@ -64,11 +64,12 @@ class _Invitation(BaseModel):
 
 @dataclass(frozen=True)
 class SentBy:
-    """For the report. `busiest` link of a push, and what it would be if rank 0 sent alone."""
+    """For the report. `busiest` link of a push, and what it would be if rank 0 sent alone; None where slices are
+    written, of which servers say only later where they go."""
 
     num_bytes: dict[int, int]
-    busiest: BusiestLink
-    busiest_of_rank_0: BusiestLink
+    busiest: BusiestLink | None
+    busiest_of_rank_0: BusiestLink | None
 
 
 class SendingRanks:
@@ -80,11 +81,12 @@ class SendingRanks:
         plane: wire.PlaneName,
         ranks: TrainerRanks,
         fleet: Fleet,
-        holder: Holder,
+        holder: AnyHolder,
         timeout_s: float,
         patience_s: float,
     ) -> None:
-        self.wanted: Literal["auto"] | tuple[int, ...] = (0,) if send_from == "rank_0" else send_from
+        self.slices = send_from == "holders"
+        self.wanted: Literal["auto"] | tuple[int, ...] = _ranks_of(send_from, ranks.size)
         self._plane, self._ranks, self._fleet, self._holder = plane, ranks, fleet, holder
         self._timeout_s, self._patience_s = timeout_s, patience_s
         on_gpu = torch.cuda.is_available()
@@ -100,7 +102,8 @@ class SendingRanks:
     @property
     def named(self) -> str:
         """For ranks to see whether they all mean the same; "" for rank 0."""
-        return "" if self.is_rank_0 else f"send_from={self.wanted!r}, "
+        wanted = "holders" if self.slices else self.wanted
+        return "" if wanted == (0,) else f"send_from={wanted!r}, "
 
     @property
     def lost_its_plane(self) -> bool:
@@ -153,7 +156,12 @@ class SendingRanks:
         senders = links.choose() if self.wanted == "auto" else self.wanted
         if why := links.obstacles(senders):
             raise ConfigError(f"send_from={self.wanted!r}: {why}")
-        self.sent_by = SentBy(links.sent_bytes(senders), links.busiest(senders), links.busiest((0,)))
+        if self.slices:
+            late = plan.layout.num_bytes - sum(links.held)
+            written = {rank: held + late // len(senders) for rank, held in enumerate(links.held)}
+            self.sent_by = SentBy(written, None, None)
+        else:
+            self.sent_by = SentBy(links.sent_bytes(senders), links.busiest(senders), links.busiest((0,)))
         logger.info(
             "fp8sync: trainer rank(s) %s send %s bytes; the busiest link has %s, from rank 0 alone it would have %s",
             senders,
@@ -200,7 +208,7 @@ class SendingRanks:
     def _join(self, num_senders: int) -> None:
         # Over `same_host` a GPU tells that a bucket is there with its next one, many turns later, while a server that
         # has no room for so many takes none of the others'.
-        self._fleet.half.settles = self._plane == "same_host" and num_senders > 2
+        self._fleet.half.settles = not self.slices and self._plane == "same_host" and num_senders > 2
         if self._ranks.is_leader:
             self._fleet.join()
         else:
@@ -263,6 +271,12 @@ class SendingRanks:
     def close(self) -> None:
         """On another rank than 0: leave its plane."""
         self._fleet.half.close()
+
+
+def _ranks_of(send_from: SendFrom, num_ranks: int) -> Literal["auto"] | tuple[int, ...]:
+    if send_from == "holders":
+        return tuple(range(num_ranks))
+    return (0,) if send_from == "rank_0" else send_from
 
 
 def _others(plan: PushPlan) -> list[int]:

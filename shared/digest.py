@@ -27,7 +27,7 @@ import torch
 from shared.errors import ConfigError
 
 WORD_BYTES = 4
-_PAGE_WORDS = 1 << 20
+PAGE_WORDS = 1 << 20
 _MASK = (1 << 64) - 1
 
 
@@ -53,31 +53,49 @@ def start_digest(data: torch.Tensor, *, secret: str, version: int, bucket: int, 
     words = data.view(torch.int32)
     if not words.numel():
         return torch.zeros((), dtype=torch.int64, device=data.device)
-    first_page, at = divmod(first_word, _PAGE_WORDS)
-    num_pages = -(-(at + words.numel()) // _PAGE_WORDS)
+    first_page, at = divmod(first_word, PAGE_WORDS)
+    num_pages = -(-(at + words.numel()) // PAGE_WORDS)
     pages = _page_multipliers(secret, version, bucket, first_page, num_pages)
     if (digest_many := _kernel(data.device)) is None:
         return _in_torch(words, at, secret, pages.to(data.device))
-    return digest_many(words, _table(secret, data.device, _PAGE_WORDS), _sent(pages, data.device), at)
+    return digest_many(words, _table(secret, data.device, PAGE_WORDS), _sent(pages, data.device), at)
+
+
+def multipliers(
+    num_bytes: int, device: torch.device, *, secret: str, version: int, bucket: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """T, and A of the pages of so many bytes, both int64 on a GPU."""
+    num_pages = -(-num_bytes // (WORD_BYTES * PAGE_WORDS))
+    pages = _page_multipliers(secret, version, bucket, 0, num_pages)
+    return _table(secret, device, PAGE_WORDS), _sent(pages, device)
 
 
 def begin_digest(data: torch.Tensor, *, secret: str, version: int, bucket: int) -> Callable[[], int]:
     """The digest, begun; the call waits for it, and so for all that `data` was made by, but for nothing that the
     current stream is asked for later. Raises: ConfigError: as `digest`.
     """
-    found = start_digest(data, secret=secret, version=version, bucket=bucket)
+    found = read(start_digest(data, secret=secret, version=version, bucket=bucket).view(1))
+    return lambda: found()[0]
+
+
+def read(found: torch.Tensor) -> Callable[[], list[int]]:
+    """What `start_digest` returned, [n] of them, as unsigned 64-bit numbers: the call waits for that, as above."""
     if found.device.type != "cuda":
-        return lambda: number(found)
-    there = torch.empty((), dtype=torch.int64, pin_memory=True)
+        return lambda: _numbers(found)
+    there = torch.empty(found.shape, dtype=torch.int64, pin_memory=True)
     there.copy_(found, non_blocking=True)
     done = torch.cuda.Event()
     done.record(torch.cuda.current_stream(found.device))
 
-    def wait() -> int:
+    def wait() -> list[int]:
         done.synchronize()
-        return number(there)
+        return _numbers(there)
 
     return wait
+
+
+def _numbers(found: torch.Tensor) -> list[int]:
+    return [value & _MASK for value in found.tolist()]
 
 
 def number(found: torch.Tensor) -> int:
@@ -115,10 +133,10 @@ def _sent(pages: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def _in_torch(words: torch.Tensor, at: int, secret: str, pages: torch.Tensor) -> torch.Tensor:
-    table, sums, done = _table(secret, words.device, _at_least(min(at + words.numel(), _PAGE_WORDS))), [], 0
+    table, sums, done = _table(secret, words.device, _at_least(min(at + words.numel(), PAGE_WORDS))), [], 0
     while done < words.numel():
-        place = (at + done) % _PAGE_WORDS
-        num = min(_PAGE_WORDS - place, words.numel() - done)
+        place = (at + done) % PAGE_WORDS
+        num = min(PAGE_WORDS - place, words.numel() - done)
         sums.append(_dot(words[done : done + num], table[place : place + num]))
         done += num
     return (torch.stack(sums) * pages).sum()

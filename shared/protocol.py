@@ -30,7 +30,7 @@ from pydantic import Field, TypeAdapter, ValidationError, model_validator
 from shared.config import MOST_TENSORS, FP8BlockConfig, Name, WireModel
 from shared.errors import ConfigError, IncompatibleServerError
 
-PROTOCOL_VERSION = 7
+PROTOCOL_VERSION = 8
 MIN_SGLANG_VERSION = "0.5.16"
 CONTROL_PATH, INFO_PATH = "/fp8sync/control", "/fp8sync/info"
 LONGEST_DEADLINE_S = 24 * 3600.0
@@ -110,7 +110,7 @@ class Offer(WireModel):
 
 class Open(WireModel):
     """`rendezvous`: one for each trainer rank that sends, all of one session; bucket i of a push comes from the one
-    that is number i modulo their number."""
+    that is number i modulo their number. `slices`: each writes its part of every bucket to where it goes."""
 
     kind: Literal["open"] = "open"
     sender: Word
@@ -119,6 +119,7 @@ class Open(WireModel):
     plan_hash: Word
     bucket_bytes: Annotated[int, Field(ge=1, le=1 << 40)]
     staging: StagingChoice = "auto"
+    slices: bool = False
     rendezvous: Annotated[tuple[Rendezvous, ...], Field(min_length=1, max_length=MOST_SENDERS)]
 
     @model_validator(mode="after")

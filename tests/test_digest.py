@@ -76,7 +76,7 @@ def test_any_split_across_a_page_adds_up() -> None:
 
 
 def test_many_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_PAGE_WORDS", 16)
+    monkeypatch.setattr(module, "PAGE_WORDS", 16)
     module._table.cache_clear()
     try:
         data = random_bytes(100)

@@ -15,9 +15,11 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from receiver_plugin import grouped_copy, staging
-from receiver_plugin.grouped_copy import GroupedCopy, joined, launches, rectangles, split
-from receiver_plugin.triton_copy import NUM_UNITS, copy_rectangles
+from receiver_plugin import staging
+from shared import rectangles as rectangles_module
+from shared.grouped_copy import GroupedCopy
+from shared.rectangles import NUM_UNITS, joined, launches, rectangles, split
+from shared.triton_copy import copy_rectangles
 from tests import test_rooms
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -254,7 +256,7 @@ def test_tables_of_a_large_mixture_of_experts_are_quick() -> None:
             to.append(memory[at + 512 : at + 512 + size].view(dtype).view(shape))
     took_s = []
     for _ in range(5):
-        grouped_copy._pattern.cache_clear()
+        rectangles_module._pattern.cache_clear()
         began = time.process_time()
         found, left = rectangles(to, of)
         made = list(launches(split(joined(found))))
@@ -267,11 +269,12 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from receiver_plugin.triton_copy import NUM_UNITS, _copy_kernel
+from shared.triton_copy import NUM_UNITS, _copy_kernel
 
 for unit_bytes, wide in ((16, "v2.b64"), (4, "b32"), (2, "b16"), (1, "b8")):
-    constants = {"UNIT_BYTES": unit_bytes, "NUM_UNITS": NUM_UNITS}
-    types = {"rectangles_ptr": "*i64", "rectangle_of_program_ptr": "*i32"} | dict.fromkeys(constants, "constexpr")
+    constants = {"RELATIVE": True, "UNIT_BYTES": unit_bytes, "NUM_UNITS": NUM_UNITS}
+    types = {"rectangles_ptr": "*i64", "rectangle_of_program_ptr": "*i32", "base_ptr": "*u8"}
+    types |= dict.fromkeys(constants, "constexpr")
     aligned = {(argument,): [["tt.divisibility", 16]] for argument in range(2)}
     source = ASTSource(_copy_kernel, types, constants, aligned)
     text = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm["ptx"]

@@ -24,7 +24,7 @@ from shared.protocol import (
 )
 
 # Golden bytes. To change one of these literals is to raise PROTOCOL_VERSION.
-GOLDEN_VERSION = 7
+GOLDEN_VERSION = 8
 
 OFFER = Offer(
     config=FP8BlockConfig(scale_fmt="ue8m0", modules_to_not_convert=("lm_head",)),
@@ -34,7 +34,7 @@ OFFER = Offer(
     ),
 )
 OFFER_BYTES = (
-    b'{"kind":"offer","protocol":7,"config":{"block_size":[128,128],"dtype":"float8_e4m3fn","scale_fmt":"ue8m0",'
+    b'{"kind":"offer","protocol":8,"config":{"block_size":[128,128],"dtype":"float8_e4m3fn","scale_fmt":"ue8m0",'
     b'"zero_scale":"one","modules_to_not_convert":["lm_head"]},"tensors":[{"name":"a.weight","shape":[130,64],'
     b'"dtype":"bfloat16"},{"name":"norm.weight","shape":[64],"dtype":"float16"}]}'
 )
@@ -60,7 +60,7 @@ OPEN = Open(
 )
 OPEN_BYTES = (
     b'{"kind":"open","sender":"host-0a","session":"5e55","incarnation":"1nc","plan_hash":"beef","bucket_bytes":1048576,'
-    b'"staging":"auto","rendezvous":[{"plane":"tcp","host":"10.0.0.1","port":29500,"key":"4ey","secret":"'
+    b'"staging":"auto","slices":false,"rendezvous":[{"plane":"tcp","host":"10.0.0.1","port":29500,"key":"4ey","secret":"'
     + b"5e"
     * 32
     + b'","world_size":5,'
@@ -92,7 +92,7 @@ REPLY_BYTES = (
 FIELDS = {
     "Describe": "kind protocol",
     "Offer": "kind protocol config tensors",
-    "Open": "kind sender session incarnation plan_hash bucket_bytes staging rendezvous",
+    "Open": "kind sender session incarnation plan_hash bucket_bytes staging slices rendezvous",
     "Begin": "kind session version deadline_s shut",
     "Shut": "drain_s hold_s in_flight",
     "Verify": "kind session version digests",

@@ -17,6 +17,7 @@ from receiver_plugin.ranks import SingleRank
 from receiver_plugin.receiver import Receiver
 from receiver_plugin.staging import Staging, copier
 from sender import FP8Sender, Shard
+from sender.holder import Holder
 from shared import errors, protocol
 from tests.test_distributed import EVERY_PLANE, ServerProcess, _local, make_sender, make_sharded, our_threads, soon
 from tests.test_push_memory import Server, expected
@@ -168,6 +169,7 @@ def push_and_heal(rank: int, senders: Any, harm: Callable[[FP8Sender, Any], Any]
 
 def cannot_pack(sender: FP8Sender, where: Any) -> Any:
     """On rank 1, its second bucket."""
+    assert isinstance(sender._holder, Holder)
     packed = sender._holder._packed
 
     def fail(plan: Any, bucket: Any, *more: Any) -> Any:
@@ -258,7 +260,7 @@ def die_in_the_middle(rank: int, senders: Any) -> Any:
     sender.prepare(make_sharded(2))
     send = sender._holder.send
 
-    def die(packed: torch.Tensor, index: int) -> None:
+    def die(packed: Any, index: int) -> None:
         if index == 3:
             os._exit(1)
         send(packed, index)

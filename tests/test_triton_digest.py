@@ -64,7 +64,7 @@ def test_many_pages(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """With small pages: any start, any end, and programs that share pages and places in any way."""
     dice = random.Random(seed)
     page = dice.choice([16, 64, 256])
-    monkeypatch.setattr(module, "_PAGE_WORDS", page)
+    monkeypatch.setattr(module, "PAGE_WORDS", page)
     num_words, first_word = dice.randint(1, 12 * page), dice.choice([0, dice.randrange(4 * page)])
     sizes = {"num_words": dice.choice([8, 16, 64]), "num_pages": dice.choice([1, 2, 4, 8])}
     both(words_of(num_words, seed), first_word, page, version=dice.choice([1, 2**62 - 1]), **sizes)
@@ -100,7 +100,7 @@ def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("num_bytes", [0, 4, 8, 4 * NUM_WORDS, 4 * NUM_WORDS * NUM_PAGES + 12])
 @pytest.mark.parametrize("first_word", [0, 7, 8 * NUM_WORDS - 1])
 def test_the_digest_of_a_bucket(num_bytes: int, first_word: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_PAGE_WORDS", 4 * NUM_WORDS)
+    monkeypatch.setattr(module, "PAGE_WORDS", 4 * NUM_WORDS)
     data = random_bytes(num_bytes // 4)
     wanted = module.digest(data, secret=SECRET, version=5, bucket=2, first_word=first_word)
     monkeypatch.setattr(module, "_kernel", lambda device: digest_many)
@@ -110,7 +110,7 @@ def test_the_digest_of_a_bucket(num_bytes: int, first_word: int, monkeypatch: py
 
 
 def test_warm_makes_the_table_that_digests_use(everywhere: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_PAGE_WORDS", 4 * NUM_WORDS)
+    monkeypatch.setattr(module, "PAGE_WORDS", 4 * NUM_WORDS)
     module.warm(SECRET, DEVICE)
     before = module._table.cache_info()
     module.digest(random_bytes(100).to(DEVICE), secret=SECRET, version=1, bucket=0)

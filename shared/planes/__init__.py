@@ -5,11 +5,13 @@ A plane is opened from a `Rendezvous`, on the sender by `sender/fleet.py`, on ea
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
 
 from shared.protocol import Rendezvous
+from shared.rectangles import Numbers
 
 
 class SendHalf(Protocol):
@@ -41,6 +43,25 @@ class HasRoom(Protocol):
         """All that makes that bucket, where there was room for it, was asked of the device: nothing more will be."""
 
 
+@runtime_checkable
+class PutsSlices(Protocol):
+    """A send half that writes parts of buckets where each receiver has told that they go."""
+
+    def targets(self, bucket_bytes: Sequence[int], timeout_s: float) -> list[list[Numbers]]:
+        """For each receiver, for each bucket of so many bytes: rectangles (`shared.rectangles`) from places in it to
+        addresses that this process can write to, until the plane is closed.
+
+        Raises: TransferError: it has not told in time, or what it told is wrong.
+        """
+
+    def put(
+        self, num_bytes: Sequence[int], write: Callable[[], Callable[[], bool]], digests: Callable[[], Sequence[int]]
+    ) -> None:
+        """`write` begins to write so many bytes of the next bucket to each receiver; what it returns says whether that
+        has ended. Then each is told so, with the digest of its bytes. `write` is kept until then, and with it what is
+        read. Waits while much is under way. Raises: TransferError: a receiver is gone; nothing is written."""
+
+
 class ReceiveHalf(Protocol):
     def receive(self, bucket: torch.Tensor, timeout_s: float) -> int:
         """Begin to fill `bucket` (flat uint8, of the size that was sent), which nothing reads any more.
@@ -70,6 +91,18 @@ class TellsPlaces(Protocol):
 
     def expect(self, bucket: torch.Tensor, timeout_s: float) -> None:
         """Tell the sender now where the first bucket will lie that it does not know of; `receive` waits for it."""
+
+
+@runtime_checkable
+class TakesSlices(Protocol):
+    """A receive half whose senders write parts of buckets, each by itself."""
+
+    def land(self, memories: Sequence[torch.Tensor], slices: Sequence[Numbers], timeout_s: float) -> None:
+        """Tell the senders where the bytes of every bucket go (`shared.slices`): once, after joining. `memories` may be
+        written to until this is closed."""
+
+    def written(self, timeout_s: float) -> tuple[int, int]:
+        """Return when all have written their parts of the next bucket: how many bytes, and their digest."""
 
 
 def open_receiver(rendezvous: Rendezvous, rank: int) -> ReceiveHalf:

@@ -124,12 +124,19 @@ class CudaMapping:
                     "processes of a host; in containers they share --ipc=host, or use plane='nccl' or 'tcp'"
                 )
             self._base, self._first, self._num_bytes = base, first, num_bytes
+            self._is_written_by_kernels = False
             self._lent: set[int] = set()  # addresses of what is being made there
             self._stream = torch.cuda.Stream(gpu, priority=-1)
 
     @property
     def num_bytes(self) -> int:
         return self._num_bytes
+
+    @property
+    def address(self) -> int:
+        """Of its first byte, here. Kernels of this GPU may write there. Raises: TransferError: it is closed."""
+        self._is_written_by_kernels = True
+        return self._address(0)
 
     def _check_reach(self, uuid: bytes) -> None:
         theirs = next((index for index in range(torch.cuda.device_count()) if _uuid(index) == uuid), None)
@@ -191,6 +198,8 @@ class CudaMapping:
         base, self._base = self._base, ctypes.c_void_p()
         if base:
             with torch.cuda.device(self._gpu):
-                if self._lent:  # a kernel that writes there would end the trainer's use of its GPU
+                if (
+                    self._lent or self._is_written_by_kernels
+                ):  # one that writes there would end the trainer's use of its GPU
                     torch.cuda.synchronize(self._gpu)
                 _said(_runtime().cudaIpcCloseMemHandle(base))

@@ -11,6 +11,10 @@ memory (`shared_memory.py`).
                  sender => ranks   its bytes
                  sender -> ranks   header(i)   size and digest; it is coming
                  sender -> ranks   written(i)  it is there
+    or, where trainer ranks write what they hold themselves (`shared/slices.py`)
+    once         rank -> sender    map         which memory, and which bytes of every bucket go where in it
+    a bucket     sender => ranks   the parts that it has
+                 sender -> ranks   header(i)   they are there: how many bytes, and their digest
     memory that is about to be freed
                  rank -> sender    give back
                  sender -> rank    let go      of all of it
@@ -29,10 +33,11 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 
 from shared.buckets import ALIGNMENT_BYTES
@@ -41,7 +46,10 @@ from shared.planes import cuda_ipc, shared_memory
 from shared.planes import same_host_messages as messages
 from shared.planes.links import Link, Links
 from shared.planes.same_host_messages import Said
+from shared.planes.signing import TAG_BYTES
 from shared.protocol import Rendezvous
+from shared.rectangles import DESTINATION, Numbers
+from shared.slices import MEMORY, MOST_BYTES, Memory, SliceMap
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +68,9 @@ class _Mapping(Protocol):
     @property
     def num_bytes(self) -> int: ...
 
+    @property
+    def address(self) -> int: ...
+
     def write(self, bucket: torch.Tensor, offset: int) -> Callable[[], bool]: ...
 
     def room(self, offset: int, num_bytes: int) -> torch.Tensor | None: ...
@@ -68,9 +79,12 @@ class _Mapping(Protocol):
 
 
 class _Copy(NamedTuple):
+    """`keeps`: until all have ended; `tell`: who waits for that."""
+
     number: int
-    bucket: torch.Tensor  # kept until all have ended
+    keeps: object
     ends: list[Callable[[], bool]]
+    tell: Callable[[float], None]
 
     def ended(self) -> bool:
         return all(end() for end in self.ends)
@@ -137,13 +151,42 @@ class SameHostSender:
             if wrong := tuple(rank.number for rank, place in places if place.num_bytes != bucket.numel()):
                 text = f"wait for another size than the {bucket.numel()} bytes of bucket {number}"
                 raise TransferError(f"server rank(s) {list(wrong)} {text}", wrong)
-            copy = _Copy(number, bucket, [])
+            written = messages.told(self.links.signer, messages.WRITTEN, number)
+            copy = _Copy(number, bucket, [], lambda until: self._tell(written, until))
             self._under_way.append(copy)
             for rank, place in places:
                 copy.ends.append(rank.write(bucket, place))
             self._tell(messages.HEADER + self.links.signer.header(number, bucket.numel(), digest), deadline)
             # Memory that is not of a GPU is used again by whoever sends.
             self._wait_for_copies(_MOST_UNDER_WAY - 1 if bucket.is_cuda else 0, deadline)
+
+    def targets(self, bucket_bytes: Sequence[int], timeout_s: float) -> list[list[Numbers]]:
+        deadline = time.monotonic() + timeout_s
+        with self.changed:
+            while silent := tuple(rank.number for rank in self._ranks if rank.map is None):
+                self._check()
+                if time.monotonic() > deadline:
+                    raise TransferError(f"server rank(s) {list(silent)} did not say what goes where", silent)
+                self.changed.wait(_LOOK_S)
+            self._check()
+            return [rank.targets(bucket_bytes) for rank in self._ranks]
+
+    def put(
+        self, num_bytes: Sequence[int], write: Callable[[], Callable[[], bool]], digests: Callable[[], Sequence[int]]
+    ) -> None:
+        deadline = time.monotonic() + self._timeout_s
+        with self.changed:
+            self._check()  # nothing is written to what was unmapped
+            ended = write()
+            number, self._num_sent = self._num_sent, self._num_sent + 1
+
+            def tell(until: float) -> None:
+                for rank, size, digest in zip(self._ranks, num_bytes, digests(), strict=True):
+                    header = self.links.signer.header(number, size, digest)
+                    self._tell_one(rank.number, messages.HEADER + header, until)
+
+            self._under_way.append(_Copy(number, write, [ended], tell))
+            self._wait_for_copies(_MOST_UNDER_WAY, deadline)
 
     def flush(self) -> None:
         with self.changed:
@@ -192,8 +235,7 @@ class SameHostSender:
         """Tell ranks what has been written. Raises: TransferError: one is gone."""
         self._check()
         while self._under_way and self._under_way[0].ended():
-            number = self._under_way.popleft().number
-            self._tell(messages.told(self.links.signer, messages.WRITTEN, number), deadline)
+            self._under_way.popleft().tell(deadline)
         return True
 
     def _check(self) -> None:
@@ -204,8 +246,14 @@ class SameHostSender:
             raise TransferError(f"server rank(s) {list(gone)} left the data plane: {why}", tuple(gone))
 
     def _tell(self, message: bytes, deadline: float) -> None:
+        self._telling(lambda: self.links.tell(message, deadline=deadline))
+
+    def _tell_one(self, rank: int, message: bytes, deadline: float) -> None:
+        self._telling(lambda: self.links.tell_one(rank, message, deadline))
+
+    def _telling(self, tell: Callable[[], None]) -> None:
         try:
-            self.links.tell(message, deadline=deadline)
+            tell()
         except TransferError:
             self.changed.wait_for(lambda: any(rank.gone is not None for rank in self._ranks), 1.0)
             self._check()  # it may have said why
@@ -219,6 +267,7 @@ class _Rank:
         self._plane, self._links, self.number = plane, plane.links, number
         self.places: deque[Said] = deque()  # for the next buckets; with the lock of the plane, like `gone`
         self.gone: str | None = None
+        self.map: bytes | None = None  # where everything goes, once it has said so
         self._mapped: dict[bytes, _Mapping] = {}
         self._num_places = self._num_let_go = 0
         self._is_stuck = False
@@ -232,7 +281,7 @@ class _Rank:
                 raise TransferError(said.text if said.what == messages.CANNOT else "it does not say where it is")
             if said.memory != messages.this_host():
                 raise TransferError("it is on another host than this trainer rank: use plane='nccl' or plane='tcp'")
-            self._map(said).close()
+            self._open(said.kind, said.where).close()
             self._let_go(deadline)
         except TransferError as error:
             raise TransferError(f"server rank {self.number} cannot join: {error}", (self.number,)) from error
@@ -256,6 +305,22 @@ class _Rank:
 
     def write(self, bucket: torch.Tensor, place: Said) -> Callable[[], bool]:
         return self._mapped[place.memory].write(bucket, place.offset)
+
+    def targets(self, bucket_bytes: Sequence[int]) -> list[Numbers]:
+        """Of this rank, as those of `SameHostSender`; with the lock of the plane."""
+        found = SliceMap.read(self.map or b"", bucket_bytes)
+        for number, memory in enumerate(found.memories):
+            name = b"%d" % number
+            self._mapped[name] = self._open(memory.kind, memory.where)
+            if self._mapped[name].num_bytes != memory.num_bytes:
+                raise TransferError("memory of its map is not as large as it says", (self.number,))
+        starts = np.array([self._mapped[b"%d" % number].address for number in range(len(found.memories))], np.int64)
+        targets = []
+        for numbers in found.buckets:
+            target = numbers[:, :MEMORY].copy()
+            target[:, DESTINATION] += starts[numbers[:, MEMORY]]
+            targets.append(target)
+        return targets
 
     def _hear_all(self) -> None:
         try:
@@ -285,6 +350,13 @@ class _Rank:
                     raise TransferError("it wants memory back in which buckets have their places")
             self._let_go(time.monotonic() + _END_S)
             return
+        if said.what == messages.MAP and self.map is None and said.num_bytes <= MOST_BYTES:
+            deadline = time.monotonic() + _END_S
+            data = self._links.hear(self.number, said.num_bytes + TAG_BYTES, deadline)
+            with self._plane.changed:
+                self.map = messages.read_map(self._links.signer, self.number, data)
+                self._plane.changed.notify_all()
+            return
         if said.what != messages.PLACE:
             raise TransferError(said.text if said.what == messages.CANNOT else f"it said {said.what!r}")
         if said.number != self._num_places:
@@ -293,17 +365,17 @@ class _Rank:
         if max(len(self.places), len(self._mapped)) > _MOST_AHEAD:
             raise TransferError("it has places for more buckets than are ever under way, or in more memory")
         if said.memory not in self._mapped:
-            self._mapped[said.memory] = self._map(said)
+            self._mapped[said.memory] = self._open(said.kind, said.where)
         if said.offset % ALIGNMENT_BYTES or said.offset + said.num_bytes > self._mapped[said.memory].num_bytes:
             raise TransferError(f"its place for bucket {said.number} is not in its memory, or not where one may be")
         with self._plane.changed:
             self.places.append(said)
             self._plane.changed.notify_all()
 
-    def _map(self, said: Said) -> _Mapping:
-        if said.kind == messages.ON_GPU:
-            return cuda_ipc.CudaMapping(said.where[: cuda_ipc.WHERE_BYTES], self._plane.gpu)
-        return shared_memory.SharedMapping(said.where[: shared_memory.WHERE_BYTES])
+    def _open(self, kind: bytes, where: bytes) -> _Mapping:
+        if kind == messages.ON_GPU:
+            return cuda_ipc.CudaMapping(where[: cuda_ipc.WHERE_BYTES], self._plane.gpu)
+        return shared_memory.SharedMapping(where[: shared_memory.WHERE_BYTES])
 
     def _let_go(self, deadline: float) -> None:
         """Of all its memory."""
@@ -363,6 +435,19 @@ class SameHostReceiver:
         found = self._export(bucket, deadline)
         offset = bucket.data_ptr() - found.memory.data_ptr()
         self._say(Said(messages.PLACE, number, bucket.numel(), offset, found.name, found.kind, found.where), deadline)
+
+    def land(self, memories: Sequence[torch.Tensor], slices: Sequence[Numbers], timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        found = [self._export(memory, deadline) for memory in memories]
+        told = tuple(Memory(each.kind, each.memory.numel(), each.where) for each in found)
+        body = SliceMap(told, tuple(slices)).packed()
+        self._say(Said(messages.MAP, num_bytes=len(body)), deadline)
+        self._link.say(messages.signed_map(self._link.signer, self._rank, body), deadline)
+
+    def written(self, timeout_s: float) -> tuple[int, int]:
+        number, self._num_received = self._num_received, self._num_received + 1
+        header = self._hear(messages.HEADER, time.monotonic() + timeout_s)
+        return self._link.signer.read_header(header, number)
 
     def arrive(self, timeout_s: float) -> None:
         self._hear_number(messages.WRITTEN, self._num_written, time.monotonic() + timeout_s)

@@ -13,8 +13,9 @@ from typing import NamedTuple
 from shared.errors import TransferError
 from shared.planes.signing import HEADER_BYTES, TAG_BYTES, Signer
 
-# What a rank says: that it comes, that a bucket has its place, that memory is to be let go, why it cannot go on.
-MEET, PLACE, GIVE_BACK, CANNOT = b"meet", b"plac", b"give", b"cann"
+# What a rank says: that it comes, that a bucket has its place, that memory is to be let go, why it cannot go on, where
+# everything goes (`num_bytes` of a map follow, and their tag).
+MEET, PLACE, GIVE_BACK, CANNOT, MAP = b"meet", b"plac", b"give", b"cann", b"map."
 ON_GPU, ON_CPU = b"cuda", b"host"
 # What the sender tells: size and digest of a bucket, that it is there, that memory was let go.
 HEADER, WRITTEN, LET_GO = b"head", b"writ", b"let."
@@ -55,6 +56,18 @@ class Said(NamedTuple):
     @property
     def text(self) -> str:
         return self.where.rstrip(b"\0").decode(errors="replace")
+
+
+def signed_map(signer: Signer, rank: int, body: bytes) -> bytes:
+    return body + signer.tag("map", _RANK.pack(rank), body)
+
+
+def read_map(signer: Signer, rank: int, data: bytes) -> bytes:
+    """Raises: TransferError: it is not of that server rank."""
+    body, tag = data[:-TAG_BYTES], data[-TAG_BYTES:]
+    if not signer.signs(tag, "map", _RANK.pack(rank), body):
+        raise TransferError("its map of slices is not signed by a rank of this session")
+    return body
 
 
 def told(signer: Signer, what: bytes, number: int) -> bytes:

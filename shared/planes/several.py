@@ -4,8 +4,8 @@
     sender 1            bucket 1            bucket 4
     sender 2                    bucket 2
 
-Each half is a plane of its own, with a sender of its own. They end together: where one breaks, the rank leaves all, so
-that every sender learns of it at once.
+Where all write slices, each writes its part of every bucket. Each half is a plane of its own, with a sender of its own.
+They end together: where one breaks, the rank leaves all, so that every sender learns of it at once.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from shared.planes import ReceiveHalf, TellsPlaces, open_receiver
+from shared.errors import TransferError
+from shared.planes import ReceiveHalf, TakesSlices, TellsPlaces, open_receiver
 from shared.protocol import Rendezvous
+from shared.rectangles import Numbers
 
 Join = Callable[[Rendezvous, int], ReceiveHalf]
 
@@ -61,6 +63,22 @@ class SeveralReceivers:
 
     def arrive(self, timeout_s: float) -> None:
         self._coming.popleft().arrive(timeout_s)
+
+    def land(self, memories: Sequence[torch.Tensor], slices: Sequence[Numbers], timeout_s: float) -> None:
+        for half in self._landing:
+            half.land(memories, slices, timeout_s)
+
+    def written(self, timeout_s: float) -> tuple[int, int]:
+        deadline = time.monotonic() + timeout_s
+        told = [half.written(max(0.001, deadline - time.monotonic())) for half in self._landing]
+        return sum(num_bytes for num_bytes, _ in told), sum(digest for _, digest in told) % (1 << 64)
+
+    @property
+    def _landing(self) -> list[TakesSlices]:
+        halves: list[TakesSlices] = [half for half in self._halves if isinstance(half, TakesSlices)]
+        if len(halves) < len(self._halves):
+            raise TransferError("its senders cannot write to memory of this rank: they need plane='same_host'")
+        return halves
 
     def release(self, timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s

@@ -94,6 +94,11 @@ class SharedMapping:
     def num_bytes(self) -> int:
         return self._opened.numel()
 
+    @property
+    def address(self) -> int:
+        """Of its first byte, in this process. Raises: TransferError: it is closed."""
+        return self._opened.data_ptr()
+
     def write(self, bucket: torch.Tensor, offset: int) -> Callable[[], bool]:
         """Begin to copy `bucket` (flat uint8, on any device) there; what is returned says whether that has ended."""
         to = self._opened[offset : offset + bucket.numel()]

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from benchmarks.receive import BUCKET_BYTES, Model, differing, feed_forward, fill, qwen3_8b, qwen3_30b_a3b
-from receiver_plugin.grouped_copy import GroupedCopy
 from receiver_plugin.manifest import expected_in_fp8, manifest_of, plan_rank
 from receiver_plugin.probe import fingerprint
 from receiver_plugin.rooms import Need, Room
@@ -23,6 +22,7 @@ from sender.source import ModuleSource
 from shared import digest as digests
 from shared.buckets import make_layout
 from shared.config import FP8BlockConfig
+from shared.grouped_copy import GroupedCopy
 from tests.test_digest import SECRET
 from tests.test_push_memory import expected
 from tests.tiny_models import Served, Trainer

@@ -1,15 +1,13 @@
-"""Copies of many tensors on a GPU in a launch or two, however many they are (`receiver_plugin.triton_copy`).
+"""Copies of views as rectangles of bytes: numbers, in tables, and no tensor.
 
-    GroupedCopy(to, of)    once: all pairs of views as rectangles of bytes, in tables on the device
-    run()                  every push: one launch for each kind of alignment among them, mostly one in all
-
-A pair whose two sides differ in element type or shape is left to torch.
+rectangles(to, of)   all pairs of views, as rectangles
+clip(found, a, b)    what of them lies between two bytes of the source
+launches(found)      the tables of `shared.triton_copy` and `shared.triton_rectangles`, by alignment
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -18,61 +16,34 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from receiver_plugin.triton_copy import NUM_UNITS, NUM_WARPS, UNITS, copy_rectangles, warm
-
 Numbers = NDArray[np.int64]
 
 SOURCE, DESTINATION, ROWS, WIDTH, SOURCE_STEP, DESTINATION_STEP = range(6)
 """Columns of rectangles, [n, 6] int64: addresses of both sides, a count of rows, and, in bytes, the length of a row and
 the way from one to the next on both sides, 0 where there is one row."""
 
+UNITS = (16, 4, 2, 1)
+NUM_UNITS = 1024
+"""Units that a program takes: 16 KiB where rectangles are on 16 bytes."""
+FIELDS = 7
+
 _MOST_OF_A_PAIR = 4096  # rectangles; a pair of more is left to torch
-
-
 _WIDEST = max(UNITS)
 
 
 class Launch(NamedTuple):
-    """`table` [rectangles, 7] int64 and `rectangle_of_program` [programs] int32, as `receiver_plugin.triton_copy` has
-    them, in units of `unit_bytes`."""
+    """`table` [rectangles, 7] int64 and `rectangle_of_program` [programs] int32, in units of `unit_bytes`. A row:
+
+    first program, source, destination, rows, units a row, units from one row of the source to the next, units from one
+    row of the destination to the next. Source and destination are in bytes.
+    """
 
     unit_bytes: int
     table: Tensor
     rectangle_of_program: Tensor
 
-
-class GroupedCopy:
-    """Copies `of` to `to`, pair by pair; all on one device, and no two of `to` overlap.
-
-    Only addresses are kept: the caller keeps the memory of both. `alone` (to, of) are the pairs that are left to torch.
-    """
-
-    def __init__(
-        self, to: Sequence[Tensor], of: Sequence[Tensor], num_units: int = NUM_UNITS, num_warps: int = NUM_WARPS
-    ) -> None:
-        (self._device,) = {tensor.device for tensor in (*to, *of)}
-        self._sizes = {"num_units": num_units, "num_warps": num_warps}
-        found, left = rectangles(to, of)
-        self.launches = [
-            Launch(launch.unit_bytes, *(table.to(self._device) for table in launch[1:]))
-            for launch in launches(split(joined(found)), num_units)
-        ]
-        self.alone = [to[number] for number in left], [of[number] for number in left]
-        with self._current():
-            for launch in self.launches:
-                warm(self._device, launch.unit_bytes)
-
-    def run(self) -> None:
-        """On the current stream, without waiting for it."""
-        with self._current():
-            for unit_bytes, table, rectangle_of_program in self.launches:
-                copy_rectangles(table, rectangle_of_program, unit_bytes=unit_bytes, **self._sizes)
-        if self.alone[0]:
-            torch._foreach_copy_(*self.alone)
-
-    def _current(self) -> AbstractContextManager[object]:
-        """Triton launches on the current device, whatever device the tensors are on."""
-        return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
+    def on(self, device: torch.device) -> Launch:
+        return Launch(self.unit_bytes, self.table.to(device), self.rectangle_of_program.to(device))
 
 
 def rectangles(to: Sequence[Tensor], of: Sequence[Tensor]) -> tuple[Numbers, list[int]]:
@@ -130,6 +101,56 @@ def _pattern(
     found[:, ROWS:] = (rows, width, source_step, target_step)
     found[:, [column for column in range(6) if column != ROWS]] *= itemsize
     return found
+
+
+def clip(found: Numbers, start: int, stop: int) -> Numbers:
+    """What of `found` lies in bytes `start` to `stop` of the source; rows that do in part are rectangles of their own.
+
+    Rows of one rectangle do not overlap in the source, but for one row that is taken several times (a step of 0).
+    """
+    first, rows, width, step = found[:, SOURCE], found[:, ROWS], found[:, WIDTH], found[:, SOURCE_STEP]
+    last = first + (rows - 1) * step + width
+    found = found[(first < stop) & (last > start)]
+    inside = (found[:, SOURCE] >= start) & (
+        found[:, SOURCE] + (found[:, ROWS] - 1) * found[:, SOURCE_STEP] + found[:, WIDTH] <= stop
+    )
+    return np.concatenate([found[inside], *_cut_rows(found[~inside], start, stop)])
+
+
+def _cut_rows(found: Numbers, start: int, stop: int) -> Iterator[Numbers]:
+    first, rows, width, step = found[:, SOURCE], found[:, ROWS], found[:, WIDTH], found[:, SOURCE_STEP]
+    alike = (rows == 1) | (step == 0)
+    yield _cut_columns(found[alike], start, stop)
+    found, first, rows, width, step = found[~alike], first[~alike], rows[~alike], width[~alike], step[~alike]
+    # Rows from `begin` to before `end` have bytes inside; those from `whole` to before `whole_end` have all of theirs.
+    begin = np.maximum(-((first + width - 1 - start) // step), 0)
+    end = np.minimum(-((first - stop) // step), rows)
+    whole = np.maximum(-((first - start) // step), 0)
+    whole_end = np.minimum((stop - first - width) // step + 1, rows)
+    yield _rows_of(found, whole, whole_end)
+    yield _cut_columns(_rows_of(found, begin, np.minimum(whole, end)), start, stop)
+    yield _cut_columns(_rows_of(found, np.maximum(np.maximum(whole_end, whole), begin), end), start, stop)
+
+
+def _rows_of(found: Numbers, begin: Numbers, end: Numbers) -> Numbers:
+    made = found.copy()
+    made[:, SOURCE] += begin * found[:, SOURCE_STEP]
+    made[:, DESTINATION] += begin * found[:, DESTINATION_STEP]
+    made[:, ROWS] = end - begin
+    return made[end > begin]
+
+
+def _cut_columns(found: Numbers, start: int, stop: int) -> Numbers:
+    """Of rectangles of one row, or of one that is taken several times."""
+    made = found.copy()
+    made[:, SOURCE] = np.maximum(found[:, SOURCE], start)
+    made[:, DESTINATION] += made[:, SOURCE] - found[:, SOURCE]
+    made[:, WIDTH] = np.minimum(found[:, SOURCE] + found[:, WIDTH], stop) - made[:, SOURCE]
+    return made[made[:, WIDTH] > 0]
+
+
+def num_bytes(found: Numbers) -> int:
+    return int((found[:, ROWS] * found[:, WIDTH]).sum())
 
 
 def joined(found: Numbers) -> Numbers:

@@ -16,10 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-FIELDS = 7
-UNITS = (16, 4, 2, 1)
-NUM_UNITS = 1024
-"""Units that a program copies: 16 KiB where rectangles are on 16 bytes."""
+from shared.rectangles import NUM_UNITS
+
 NUM_WARPS = 4
 
 
@@ -27,12 +25,15 @@ NUM_WARPS = 4
 def _copy_kernel(
     rectangles_ptr: tl.tensor,
     rectangle_of_program_ptr: tl.tensor,
+    base_ptr: tl.tensor,
+    RELATIVE: tl.constexpr,
     UNIT_BYTES: tl.constexpr,
     NUM_UNITS: tl.constexpr,
 ) -> None:
     """Program p copies `NUM_UNITS` units of rectangle `rectangle_of_program[p]`, or what is left of it, row by row.
 
     rectangles: [rectangles, 7] int64, rectangle_of_program: [programs] int32. No two rectangles write the same byte.
+    RELATIVE: sources are not addresses, but count from `base`.
 
     Example (tests/test_grouped_copy.py runs it): UNIT_BYTES = 1, row = (0, S, D, 2, 3, 5, 4)
         D[0:3] = S[0:3], D[4:7] = S[5:8]
@@ -45,6 +46,8 @@ def _copy_kernel(
     pid = tl.program_id(0)
     row = rectangles_ptr + tl.load(rectangle_of_program_ptr + pid).to(tl.int64) * 7
     source, destination = tl.load(row + 1), tl.load(row + 2)
+    if RELATIVE:
+        source += base_ptr.to(tl.int64)
     rows, width = tl.load(row + 3), tl.load(row + 4)
     source_step, destination_step = tl.load(row + 5), tl.load(row + 6)
     first = (pid - tl.load(row)) * NUM_UNITS
@@ -78,19 +81,31 @@ def copy_rectangles(
     rectangle_of_program: Tensor,
     *,
     unit_bytes: int,
+    source: Tensor | None = None,
     num_units: int = NUM_UNITS,
     num_warps: int = NUM_WARPS,
 ) -> None:
-    """One launch on the current stream and device; tables as in this module's docstring, checked by the caller."""
+    """One launch on the current stream and device; tables as in this module's docstring, checked by the caller.
+
+    `source`: flat uint8 on 16 bytes, if sources count from its first byte.
+    """
+    base, relative = (rectangles, False) if source is None else (source, True)
     _copy_kernel[(rectangle_of_program.numel(),)](
-        rectangles, rectangle_of_program, UNIT_BYTES=unit_bytes, NUM_UNITS=num_units, num_warps=num_warps
+        rectangles,
+        rectangle_of_program,
+        base,
+        RELATIVE=relative,
+        UNIT_BYTES=unit_bytes,
+        NUM_UNITS=num_units,
+        num_warps=num_warps,
     )
 
 
 @cache
-def warm(device: torch.device, unit_bytes: int) -> None:
+def warm(device: torch.device, unit_bytes: int, relative: bool = False) -> None:
     """Compile and load, so that no push does: copies one unit of nothing. `device` is the current one."""
     memory = torch.zeros(2 * unit_bytes, dtype=torch.uint8, device=device)
-    row = (0, memory.data_ptr(), memory.data_ptr() + unit_bytes, 1, 1, 0, 0)
-    table = torch.tensor([row], dtype=torch.int64).to(device)
-    copy_rectangles(table, torch.zeros(1, dtype=torch.int32, device=device), unit_bytes=unit_bytes)
+    first = 0 if relative else memory.data_ptr()
+    table = torch.tensor([(0, first, memory.data_ptr() + unit_bytes, 1, 1, 0, 0)], dtype=torch.int64).to(device)
+    program = torch.zeros(1, dtype=torch.int32, device=device)
+    copy_rectangles(table, program, unit_bytes=unit_bytes, source=memory if relative else None)

@@ -1,0 +1,309 @@
+"""Every trainer rank writes what it holds itself, straight to where servers keep it: the same bytes, however they are
+cut, and what becomes of a push that ends on the way. Over shared memory; on GPUs: tests/gpu/test_slices.py.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from receiver_plugin.probe import fingerprint
+from receiver_plugin.ranks import SingleRank
+from receiver_plugin.receiver import Receiver
+from sender import FP8Sender
+from shared import errors
+from shared.errors import ConfigError, TransferError
+from shared.planes import shared_memory
+from shared.planes.shared_memory import allocate
+from shared.slices import Memory, SliceMap
+from tests.test_distributed import _local, make_sender, make_sharded, soon
+from tests.test_push_memory import Server, expected
+from tests.test_ranks import caught, run_on_ranks
+from tests.test_sending_ranks import halves
+from tests.test_trainer_layouts import BF16, ON_2_RANKS
+from tests.tiny_models import Trainer
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="its server ranks are in this process")
+
+NORM = "model.layers.1.input_layernorm.weight"
+HOLDERS: Any = {"plane": "same_host", "send_from": "holders"}
+
+
+def server_of(rank: int, **options: Any) -> Server | None:
+    """With reserved memory that trainers can open."""
+    if rank != 0:
+        return None
+    server = Server(**options)
+    server.engine.memory.reserved = allocate(8 << 20)
+    return server
+
+
+# ---- the same bytes
+
+
+def push_slices(rank: int, size: int) -> list[Any]:
+    server, found = server_of(rank, fence="nothing loaded"), []
+    with make_sender(server, **HOLDERS) as sender:
+        for seed in range(4):
+            dtype = torch.float32 if seed == 2 else BF16
+            model = make_sharded(size, seed, dtype) if size > 1 else Trainer(seed, dtype)
+            if seed == 1:
+                sender.prepare(model)
+            report = sender.push(model)
+            same = server is None or fingerprint(server.model) == expected(Trainer(seed, dtype).to(BF16))
+            found.append((same, report.model_dump()))
+    return found
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_the_bytes_are_those_of_a_checkpoint(size: int) -> None:
+    found = run_on_ranks(push_slices, size, size)
+    for of_rank in found:
+        assert [same for same, _ in of_rank] == [True] * 4 and of_rank == found[0]
+        for number, (_, report) in enumerate(of_rank):
+            assert report["version"] == number + 1 and report["staging"] == {"server": "reserved"}
+            assert report["senders"] == tuple(range(size))
+
+
+def push_layouts(rank: int) -> dict[str, bool]:
+    """Every layout that a trainer may have, from both ranks; and shards that the ranks name themselves."""
+    server, found = server_of(rank), {}
+    with make_sender(server, **HOLDERS) as sender:
+        for seed, (name, (dtype, wrap)) in enumerate(ON_2_RANKS.items()):
+            sender.push(wrap(Trainer(seed, dtype)))
+            found[name] = server is None or fingerprint(server.model) == expected(Trainer(seed, dtype).to(BF16))
+        model = Trainer(seed=99)
+        sender.push_shards(halves(model, rank))
+        found["shards"] = server is None or fingerprint(server.model) == expected(model)
+    return found
+
+
+def test_every_layout_is_written_from_both_ranks() -> None:
+    for found in run_on_ranks(push_layouts, 2, timeout_s=120.0):
+        assert found == dict.fromkeys([*ON_2_RANKS, "shards"], True)
+
+
+def push_to_three_servers(rank: int) -> list[Any]:
+    servers = [server for name in "abc" if (server := server_of(rank, name=name)) is not None]
+    urls: list[Any] = [server.control for server in servers] or [f"http://127.0.0.1:{port}" for port in "987"]
+    found = []
+    with FP8Sender(urls, timeout_s=20.0, bucket_bytes=64 << 10, **HOLDERS) as sender:
+        for seed in (1, 2):
+            report = sender.push(make_sharded(2, seed))
+            found += [fingerprint(server.model) == expected(Trainer(seed)) for server in servers]
+            found.append(len(report.servers) == 3)
+    return found
+
+
+def test_several_servers_get_the_same() -> None:
+    found, other = run_on_ranks(push_to_three_servers, 2)
+    assert all(found) and len(found) == 8 and other == [True, True]
+
+
+def test_what_is_held_in_another_type_is_converted() -> None:
+    server = server_of(0)
+    assert server is not None and dict(server.model.named_parameters())[NORM].dtype == torch.float32
+    with make_sender(server, **HOLDERS) as sender:
+        sender.push(Trainer(5))
+    norm = dict(server.model.named_parameters())[NORM]
+    assert torch.equal(norm, Trainer(5).get_parameter(NORM).to(torch.float32))
+
+
+# ---- what ends a push
+
+
+def push_through_failures(rank: int) -> dict[str, Any]:
+    server, found = server_of(rank), dict[str, Any]()
+    before = fingerprint(server.model) if server else None
+    with make_sender(server, **HOLDERS) as sender:
+        model = make_sharded(2, 1)
+        sender.prepare(model)
+        if rank == 1:
+            _local(model, "model.layers.1.mlp.up_proj.weight").view(-1)[-1] = float("nan")
+        found["nan"] = caught(sender.push, model)
+        found["kept"] = server is None or (fingerprint(server.model) == before and server.state() == "SERVING")
+        sender.push(make_sharded(2, 2))
+        found["healed"] = server is None or fingerprint(server.model) == expected(Trainer(2))
+        if server is not None:  # bytes that somebody else changed
+            session = server.receiver._session
+            assert session is not None and session._landing is not None
+            digest = session._landing.begin_digest
+
+            def spoiled(index: int, *more: Any) -> Any:
+                if index == 2:
+                    session._landing.memories[0].add_(1)  # type: ignore[union-attr]
+                return digest(index, *more)
+
+            setattr(session._landing, "begin_digest", spoiled)  # noqa: B010
+        found["spoiled"] = caught(sender.push, make_sharded(2, 3))
+        found["kept too"] = server is None or fingerprint(server.model) == expected(Trainer(2))
+        sender.push(make_sharded(2, 4))
+        found["healed too"] = server is None or fingerprint(server.model) == expected(Trainer(4))
+    return found
+
+
+def test_a_push_that_fails_leaves_what_was_served() -> None:
+    for found in run_on_ranks(push_through_failures, 2):
+        assert found.pop("nan")["kind"] == "NonFiniteWeightError"
+        spoiled = found.pop("spoiled")
+        assert spoiled["kind"] == "TransferError" and "not those that were sent" in spoiled["text"], spoiled
+        assert all(found.values()), found
+
+
+def push_and_die(rank: int) -> Any:
+    server = server_of(rank)
+    before, started = fingerprint(server.model) if server else None, time.monotonic()
+    sender = make_sender(server, **HOLDERS)
+    sender.prepare(make_sharded(2))
+    send = sender._holder.send
+
+    def die(made: Any, index: int) -> None:
+        if index == 3:
+            os._exit(1)
+        send(made, index)
+
+    if rank == 1:
+        setattr(sender._holder, "send", die)  # noqa: B010
+    found = caught(sender.push, make_sharded(2))
+    same = server is not None and fingerprint(server.model) == before
+    state = server is not None and soon(lambda: server.state() == "SERVING")
+    return found, same, state, time.monotonic() - started
+
+
+def test_a_rank_that_dies_ends_the_push() -> None:
+    found, same, state, took_s = run_on_ranks(push_and_die, 2, timeout_s=90.0)[0]
+    assert found["kind"] in ("TransferError", "RankMissingError") and same and state and took_s < 90.0, found
+
+
+# ---- in place
+
+
+def push_in_place(rank: int) -> dict[str, Any]:
+    """As on a GPU, where parameters can be opened by trainers: these lie in shared memory."""
+    from receiver_plugin import rooms
+
+    server, found = server_of(rank), dict[str, Any]()
+    if server is not None:
+        for parameter in server.model.parameters():
+            memory = allocate(parameter.nbytes)
+            memory.copy_(parameter.data.view(-1).view(torch.uint8))
+            parameter.data = memory.view(parameter.dtype).view(parameter.shape)
+        server.receiver = Receiver(server.model, server.engine, SingleRank())
+        server.control._handle = server.receiver.handle
+        obstacles = rooms._obstacles_to_landing
+        rooms._obstacles_to_landing = lambda *args: {k: v for k, v in obstacles(*args).items() if k != "in_place"}
+    addresses = [p.data_ptr() for p in server.model.parameters()] if server else []
+    with make_sender(server, staging="in_place", **HOLDERS) as sender:
+        for seed in (1, 2):
+            report = sender.push(make_sharded(2, seed))
+            found[f"push {seed}"] = server is None or fingerprint(server.model) == expected(Trainer(seed))
+        found["way"] = report.staging == {"server": "in_place"}
+        model = make_sharded(2, 3)
+        if rank == 1:
+            _local(model, "model.layers.1.mlp.up_proj.weight").view(-1)[-1] = float("nan")
+        found["failed"] = caught(sender.push, model)["kind"] == "NonFiniteWeightError"
+        found["fenced"] = server is None or server.state() == "FENCED"
+        sender.push(make_sharded(2, 4))
+        found["healed"] = server is None or fingerprint(server.model) == expected(Trainer(4))
+        found["serves"] = server is None or server.state() == "SERVING"
+    found["addresses"] = server is None or addresses == [p.data_ptr() for p in server.model.parameters()]
+    return found
+
+
+def test_parameters_are_written_where_they_are_served() -> None:
+    for found in run_on_ranks(push_in_place, 2):
+        assert all(found.values()), found
+
+
+def test_nobody_else_begins_while_parameters_may_still_be_written() -> None:
+    server = server_of(0)
+    assert server is not None
+    sessions = server.receiver._sessions
+
+    class Lingering:
+        sender, writes_live, lingers, writes_from = "stopped-0a", True, True, None
+
+        def lingers_for(self, seconds: float) -> bool:
+            return True
+
+    sessions._closed.append(Lingering())  # type: ignore[arg-type]
+    with make_sender(server) as sender, pytest.raises(errors.ServerBusyError, match="stopped-0a may still write"):
+        sender.push(Trainer())
+
+
+# ---- what cannot be
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"plane": "tcp"}, "takes plane='same_host'"),
+        ({"plane": "same_host", "quorum": 1}, "quorum takes rank 0 alone"),
+        ({"plane": "same_host", "keep_snapshot": True}, "keep_snapshot keeps"),
+    ],
+)
+def test_what_does_not_go_with_it(settings: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        make_sender(Server(), send_from="holders", **settings)
+
+
+def test_push_async_is_refused() -> None:
+    with make_sender(server_of(0), **HOLDERS) as sender, pytest.raises(ConfigError, match="push_async sends from rank"):
+        sender.push_async(Trainer())
+
+
+@pytest.mark.parametrize(
+    ("staging", "text"),
+    [("kv_pool", "write to no KV cache"), ("in_place", "no other process can open"), ("reserved", "cannot be opened")],
+)
+def test_a_server_says_why_it_cannot(staging: str, text: str) -> None:
+    with make_sender(Server(), staging=staging, **HOLDERS) as sender, pytest.raises(errors.PlanError, match=text):
+        sender.push(Trainer())
+
+
+# ---- the map
+
+
+def test_a_map_is_read_as_it_was_written() -> None:
+    rows = np.array([[0, 128, 2, 4, 8, 16, 0], [64, 0, 1, 64, 0, 0, 1]], dtype=np.int64)
+    made = SliceMap((Memory(b"host", 256, b"here"), Memory(b"cuda", 64, b"there")), (rows, rows[:0]))
+    read = SliceMap.read(made.packed(), [128, 0])
+    assert [(m.kind, m.num_bytes, m.where.rstrip(b"\0")) for m in read.memories] == list(made.memories)
+    assert all(np.array_equal(a, b) for a, b in zip(read.buckets, made.buckets, strict=True))
+    assert read.num_bytes == (72, 0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {0: -1}, {0: 120}, {1: 250}, {1: 1 << 62}, {2: 0}, {3: -4}, {2: 1 << 40}, {4: 2}, {5: 1}, {6: 2}, {6: -1},
+        {4: 1 << 47},
+    ],
+)  # fmt: skip
+def test_a_map_that_reaches_elsewhere_is_refused(change: dict[int, int]) -> None:
+    rows = np.array([[0, 128, 2, 4, 8, 16, 0]], dtype=np.int64)
+    for column, value in change.items():
+        rows[0, column] = value
+    data = SliceMap((Memory(b"host", 256, b""), Memory(b"host", 64, b"")), (rows,)).packed()
+    with pytest.raises(TransferError, match="reaches beyond"):
+        SliceMap.read(data, [128])
+
+
+@pytest.mark.parametrize("cut", [0, 7, 9, 200, -1, -56])
+def test_a_map_that_is_cut_is_refused(cut: int) -> None:
+    rows = np.array([[0, 128, 2, 4, 8, 16, 0]] * 3, dtype=np.int64)
+    data = SliceMap((Memory(b"host", 256, b""), Memory(b"host", 64, b"")), (rows,)).packed()
+    with pytest.raises(TransferError, match="its map of slices"):
+        SliceMap.read(data[:cut], [128])
+
+
+def test_nothing_stays_behind() -> None:
+    with make_sender(server := server_of(0), **HOLDERS) as sender:
+        sender.push(Trainer())
+        assert server is not None and len(shared_memory._files) > 0
+    assert soon(lambda: server.receiver._session is None or not server.receiver._session.lingers)
