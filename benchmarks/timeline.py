@@ -23,23 +23,32 @@ STEPS: dict[str, dict[str, str]] = {
     "sender/ranks.py": {"Lead": "agree finish collect"},
     "sender/gather.py": {"Gatherer": "begin", "Gathering": "quantize gather"},
     "sender/holder.py": {"Holder": "pack check_finite"},
+    "sender/slices.py": {"SliceHolder": "pack send _put"},
     "sender/sending.py": {"SendingHalf": "send flush take_digests_ahead"},
+    "sender/sending_ranks.py": {"SendingRanks": "begin end"},
+    "sender/connections.py": {"Connections": "post"},
     "shared/planes/nccl.py": {
         "NcclSender": "send flush",
         "NcclReceiver": "receive arrive",
         "_Broadcasts": "start finish",
     },
     "shared/planes/same_host.py": {
-        "SameHostSender": "room send flush _wait_for_places _wait_for_copies",
-        "SameHostReceiver": "expect receive arrive release",
-        "_Rank": "_map _let_go",
+        "SameHostSender": "room send put flush _wait_for_places _wait_for_copies",
+        "SameHostReceiver": "expect receive arrive release written",
+        "_Rank": "_open _let_go",
     },
-    "receiver_plugin/session.py": {"Session": "begin make_room _take end_transfer"},
+    "receiver_plugin/session.py": {"Session": "begin make_room _receive _take end_transfer"},
     "receiver_plugin/staging.py": {"Staging": "accept commit check_addresses"},
-    "receiver_plugin/sglang_engine.py": {"SglangEngine": "unsafe info flush_cache synchronize publish"},
+    "receiver_plugin/landing.py": {"Landing": "begin_digest settle"},
+    "receiver_plugin/sglang_engine.py": {
+        "SglangEngine": "unsafe info flush_cache synchronize publish",
+        "TpRanks": "gather",
+    },
+    "receiver_plugin/http.py": {"Control": "answer"},
+    "receiver_plugin/sglang_http.py": {"SchedulerChannel": "ask"},
     "receiver_plugin/receiver.py": {"Receiver": "_ready_to_commit _copy handle"},
 }
-TELLS = {"FP8Sender": "push", "Receiver": "handle"}
+TELLS = {"FP8Sender": "push", "Receiver": "handle", "Control": "answer"}
 
 
 def copy_with_timers(to: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import threading
 import time
 from collections.abc import Callable
@@ -20,17 +21,32 @@ def time_steps(owner: type, names: str, tells: str = "") -> None:
 
 
 def _timed(method: Callable[..., Any], step: str, tells: bool) -> Callable[..., Any]:
+    def note(began: float, args: tuple[Any, ...]) -> None:
+        kind = getattr(args[1], "kind", "") if len(args) > 1 else ""
+        if len(_steps) < _MOST:
+            _steps.append((began, time.time(), threading.current_thread().name, f"{step} {kind}".rstrip()))
+        if tells and kind in ("", "commit"):
+            tell()
+
+    if inspect.iscoroutinefunction(method):
+
+        @functools.wraps(method)
+        async def awaited(*args: Any, **kwargs: Any) -> Any:
+            began = time.time()
+            try:
+                return await method(*args, **kwargs)
+            finally:
+                note(began, args)
+
+        return awaited
+
     @functools.wraps(method)
     def timed(*args: Any, **kwargs: Any) -> Any:
         began = time.time()
         try:
             return method(*args, **kwargs)
         finally:
-            kind = getattr(args[1], "kind", "") if len(args) > 1 else ""
-            if len(_steps) < _MOST:
-                _steps.append((began, time.time(), threading.current_thread().name, f"{step} {kind}".rstrip()))
-            if tells and kind in ("", "commit"):
-                tell()
+            note(began, args)
 
     return timed
 

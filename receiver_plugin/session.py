@@ -61,6 +61,7 @@ class Transfer:
         self.cancelled = threading.Event()
         self.taken: list[Callable[[], int]] = []  # what waits for the digest of each bucket that has come
         self.digests: list[int] = []
+        self.wrong: list[int] = []  # buckets, where trainer ranks told the digests of what they wrote
         self.error: str | None = None
         self.own_fault = False  # of this rank, not of the data plane
         self.verified = False
@@ -104,8 +105,8 @@ class Transfer:
             raise (ReceiveError if self.own_fault else TransferError)(self.error)
         if len(digests) != len(self.digests):
             raise TransferError(f"{len(self.digests)} buckets arrived, {len(digests)} were sent")
-        wrong = [index for index, (got, sent) in enumerate(zip(self.digests, digests, strict=True)) if got != sent]
-        if wrong:
+        pairs = enumerate(zip(self.digests, digests, strict=True))
+        if wrong := [*self.wrong, *(index for index, (got, sent) in pairs if got != sent)]:
             raise TransferError(f"the bytes of bucket(s) {wrong} are not those that were sent")
 
 
@@ -307,11 +308,8 @@ class Session:
                 with transfer.writing:
                     transfer.check_wanted()
                     transfer.taken.append(landing.begin_digest(index, self._secret, transfer.version))
-            wrong = [
-                index for index, (found, told) in enumerate(zip(transfer.taken, sent, strict=True)) if found() != told
-            ]
-            if wrong:
-                raise TransferError(f"the bytes of bucket(s) {wrong} are not those that were sent")
+            found = [wait() for wait in transfer.taken]
+            transfer.wrong = [index for index, told in enumerate(sent) if found[index] != told]
             self.writes_live = False  # all have ended
             with transfer.writing:
                 transfer.check_wanted()

@@ -51,7 +51,7 @@ class Leader:
         self._turns.begin_push()
         holds = planned is not None and planned.offered == source.tensors
         wanted, self._wanted = self._wanted, None
-        if holds and wanted is not None and self._sending.is_rank_0:  # else others have to know that it has begun
+        if holds and wanted is not None and self._sending.begins_late:
             self._fleet.begin_early(wanted, looked=True)
             if self._fleet.begins_early:
                 self._newest = self._fleet.newest

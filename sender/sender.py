@@ -275,21 +275,23 @@ class FP8Sender:
         self, make_source: Callable[[], WeightSource], version: int | None, clock: PhaseClock
     ) -> PushReport:
         source, plan, lead = self._meet_and_plan("push", make_source, clock, lambda: self._leader.begin_early(version))
-        if not self._sending.is_rank_0:
-            with clock.phase("plan"):
-                lead.run(self._leader.begin, version)
-                self._sending.begin(plan, lead, self._fail)
+        if not self._sending.begins_late:
+            self._begin(plan, lead, clock, version)
         for bucket, gathered in self._gathered(source, plan, clock):
             with clock.phase("quantize"):
                 packed = lead.run(self._holder.pack, plan, bucket, gathered, on=self._maker_of(plan, bucket))
-            if bucket.index == 0 and self._sending.is_rank_0:
-                with clock.phase("plan"):  # servers have heard of the push meanwhile
-                    lead.run(self._leader.begin, version)
+            if bucket.index == 0 and self._sending.begins_late:  # servers have heard of the push meanwhile
+                self._begin(plan, lead, clock, version)
             with clock.phase("send"):
                 lead.run(self._holder.send, packed, bucket.index, on=self._maker_of(plan, bucket))
         source.release()
         self._publish(plan, lead, clock)
         return self._finish(plan, lead, clock)
+
+    def _begin(self, plan: PushPlan, lead: Lead, clock: PhaseClock, version: int | None) -> None:
+        with clock.phase("plan"):
+            lead.run(self._leader.begin, version)
+            self._sending.begin(plan, lead, self._fail, self._fleet.leave_out_the_guilty)
 
     def _gathered(self, source: WeightSource, plan: PushPlan, clock: PhaseClock) -> Iterator[tuple[Bucket, Gathered]]:
         """Collective. Each bucket as it comes to the rank that sends it; it is valid until the next one."""

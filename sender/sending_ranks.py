@@ -100,6 +100,12 @@ class SendingRanks:
         return self.wanted == (0,)
 
     @property
+    def begins_late(self) -> bool:
+        """Whether it is time enough for servers to have begun when the first bucket was made: where several gather for
+        themselves, each has to know before that."""
+        return self.is_rank_0 or self.slices
+
+    @property
     def named(self) -> str:
         """For ranks to see whether they all mean the same; "" for rank 0."""
         wanted = "holders" if self.slices else self.wanted
@@ -216,14 +222,18 @@ class SendingRanks:
 
     # Every push
 
-    def begin(self, plan: PushPlan, lead: Lead, on_failure: OnFailure) -> None:
+    def begin(self, plan: PushPlan, lead: Lead, on_failure: OnFailure, again: Callable[[Exception], bool]) -> None:
         """Collective. Every rank that sends knows the version that has begun, and whether a server writes it where it
-        is served, which may be another way with every push. Raises: on all ranks: it has not begun.
+        is served, which may be another way with every push. Raises: on all ranks: it has not begun; TryAgain.
         """
         if plan.senders == (0,):
             return
         begun = _BEGUN.dump_json((self._fleet.version, self._fleet.checks_first)).decode()
-        version, checks_first = _BEGUN.validate_json(lead.finish(begun, self._patience_s, on_failure))
+        failure = None
+        if not self._ranks.is_leader:  # rank 0 hears of it in `end`, and this rank raises what all raise
+            failure, lead.failure = lead.failure, None
+        version, checks_first = _BEGUN.validate_json(lead.finish(begun, self._patience_s, on_failure, again))
+        lead.failure = lead.failure or failure
         if self._sends_beside_rank_0:
             self._fleet.half.begin(version)
             self._fleet.half.checks_first = checks_first

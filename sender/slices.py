@@ -101,10 +101,11 @@ class SliceHolder:
 
     def _begin_digests(self, made: Made, version: int) -> Callable[[], Sequence[int]]:
         """Of what goes to each server rank."""
-        out = torch.zeros(self._opened.num_ranks, dtype=torch.int64, device=self._opened.device)
+        # One on every 16 bytes: a kernel is compiled for those that are, and for others again.
+        out = torch.zeros(self._opened.num_ranks, 2, dtype=torch.int64, device=self._opened.device)
         for part, source in made.sources:
             part.add_digests(out, source, secret=self._half.secret, version=version, bucket=made.bucket.index)
-        return digest.read(out)
+        return digest.read(out[:, 0])
 
     def _prepared(self, plan: PushPlan, device: torch.device) -> tuple[_Tables, Packer]:
         """Raises: TransferError: servers did not say where everything goes."""
@@ -142,13 +143,12 @@ class _Part:
         self._copy(source)
 
     def add_digests(self, out: Tensor, source: Tensor, *, secret: str, version: int, bucket: int) -> None:
-        """out: int64, one for each server rank."""
+        """out: [server ranks, 2] int64, of which the first ones are added to."""
         for found, ranks in self._digests.values():
-            where = out[ranks[0] : ranks[0] + 1] if len(ranks) == 1 else torch.zeros_like(out[:1])
+            where = out[ranks[0], :1] if len(ranks) == 1 else torch.zeros_like(out[0, :1])
             found.add_to(where, secret=secret, version=version, bucket=bucket, source=source)
-            if len(ranks) > 1:
-                for rank in ranks:
-                    out[rank] += where[0]
+            for rank in ranks if len(ranks) > 1 else ():
+                out[rank, :1] += where
 
 
 class _Tables:

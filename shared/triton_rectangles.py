@@ -112,5 +112,5 @@ def warm(device: torch.device, unit_bytes: int, page_words: int, relative: bool)
     table = torch.tensor([(0, 0 if relative else memory.data_ptr(), 0, 1, 1, 0, 0)], dtype=torch.int64).to(device)
     program = torch.zeros(1, dtype=torch.int32, device=device)
     numbers = torch.zeros(page_words + 2, dtype=torch.int64, device=device)
-    parts = numbers[:page_words], numbers[page_words : page_words + 1], numbers[page_words + 1 :]
+    parts = numbers[:page_words], numbers[page_words:], torch.zeros(1, dtype=torch.int64, device=device)
     digest_rectangles(table, program, *parts, unit_bytes=unit_bytes, source=memory if relative else None)

@@ -166,7 +166,7 @@ def test_messages_decode_to_what_they_were() -> None:
     ],
 )
 def test_what_is_no_message_is_refused(data: bytes) -> None:
-    with pytest.raises(errors.ConfigError, match="not a control message of protocol 7"):
+    with pytest.raises(errors.ConfigError, match="not a control message of protocol 8"):
         decode_message(data)
 
 
@@ -233,7 +233,7 @@ def test_an_error_does_not_repeat_what_was_given() -> None:
 
 @pytest.mark.parametrize("data", [changed(OFFER_BYTES, protocol=1), b'{"kind":"describe","protocol":0}'])
 def test_another_protocol_version_is_named(data: bytes) -> None:
-    with pytest.raises(errors.IncompatibleServerError, match=r"speaks protocol \d, this server 7"):
+    with pytest.raises(errors.IncompatibleServerError, match=r"speaks protocol \d, this server 8"):
         decode_message(data)
 
 
