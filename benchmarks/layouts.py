@@ -2,7 +2,7 @@
 
     python -m benchmarks.layouts --trainers 0 1 --servers 2,3 --model qwen3-8b --out out/layouts
     python -m benchmarks.layouts --trainers 0 --servers 1 2 3 --plane nccl ...      # and of one server, for the ratio
-    python -m benchmarks.layouts --trainers 0 1 --servers 0,1 --plane same_host --send-from 0,1 ...      # colocated
+    python -m benchmarks.layouts --trainers 0 1 --servers 0,1 --plane same_host --send-from holders ...  # colocated
 
 `--trainers`: the GPU of each rank; `--servers`: the GPUs of each server, whose tensor parallelism they are. Each plane,
 way of staging and choice of senders is a row: the first push after `prepare`, and the median of those that follow. Then
@@ -139,13 +139,16 @@ def measure(run: Run, folder: Path) -> None:
     model = chosen.case.write_config(folder / chosen.case.name)
     reserved = staging_gb(trainer.weights, run.config, [chosen.bucket_mib]) if "reserved" in chosen.staging else "0"
     args = [*sglang_fp8_args(str(model), run.config), "--fp8sync-staging", reserved]
-    servers = [run.start(number, args) for number in range(len(chosen.servers))]
+    shared = set(chosen.trainers) & {gpu for gpus in chosen.servers for gpu in gpus}
+    servers = [] if shared else [run.start(number, args) for number in range(len(chosen.servers))]
     trainer.fill(SEEDS[0])
     wanted = {
         size: [expected(trainer.weights, run.config, Rank(i, size, chosen.whole_experts)) for i in range(size)]
         for size in {len(gpus) for gpus in chosen.servers}
     }
     trainer.free()
+    if shared:  # the whole model and a server might not fit on one GPU
+        servers = [run.start(number, args) for number in range(len(chosen.servers))]
     for server in servers:
         server.wait(START_S)
     run.say("all servers are up")

@@ -39,7 +39,7 @@ STEPS: dict[str, dict[str, str]] = {
     },
     "receiver_plugin/session.py": {"Session": "begin make_room _receive _take end_transfer"},
     "receiver_plugin/staging.py": {"Staging": "accept commit check_addresses"},
-    "receiver_plugin/landing.py": {"Landing": "begin_digest settle"},
+    "receiver_plugin/landing.py": {"Landing": "digests settle", "Digests": "begin read"},
     "receiver_plugin/sglang_engine.py": {
         "SglangEngine": "unsafe info flush_cache synchronize publish",
         "TpRanks": "gather",

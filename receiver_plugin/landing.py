@@ -1,7 +1,7 @@
 """Where the bytes of a push land that trainer ranks write themselves, and what a rank does when they are there.
 
     slices      which bytes of every bucket go where: to the image of a rank, or to its parameters
-    digest(i)   of what lies there of bucket i
+    digests     of what lies there of every bucket
     settle()    convert what is held in another type than it is sent in
 
 No bucket ever exists here. `Staging` resolves its copies from one that is never written to; this takes the rectangles.
@@ -9,7 +9,7 @@ No bucket ever exists here. `Staging` resolves its copies from one that is never
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 from shared import digest
 from shared.errors import PlanError, TransferError
 from shared.planes import shared_memory
-from shared.rectangle_digest import RectangleDigest
+from shared.rectangle_digest import Keys, RectangleDigest
 from shared.rectangles import (
     DESTINATION,
     DESTINATION_STEP,
@@ -32,6 +32,22 @@ from shared.rectangles import (
 )
 
 Pairs = tuple[list[Tensor], list[Tensor]]  # to, of
+
+
+class Digests:
+    """Of all that lies here, bucket by bucket."""
+
+    def __init__(self, found: Sequence[RectangleDigest], keys: Keys, device: torch.device) -> None:
+        self._found, self._keys = found, keys
+        self._sums = torch.zeros(len(found), 2, dtype=torch.int64, device=device)  # the first ones count
+
+    def begin(self, index: int) -> None:
+        """That of bucket `index`, on the current stream, without waiting for it."""
+        self._found[index].add_to(self._sums[index, :1], self._keys, index)
+
+    def read(self) -> list[int]:
+        """All of them, once they are there."""
+        return digest.read(self._sums[:, 0])()
 
 
 class Landing:
@@ -49,6 +65,7 @@ class Landing:
         self.memories = [self._held[start] for start in starts.tolist()]
         self.slices = tuple(_in_memories(found, starts) for found in places)
         self.num_bytes = tuple(num_bytes(found) for found in places)
+        self._bucket_bytes = [bucket.numel() for bucket in buckets]
         self._digests = [RectangleDigest(_seen_from_here(found), self.device) for found in places]
 
     def _place(self, to: list[Tensor], of: list[Tensor], bucket: Tensor) -> Numbers:
@@ -77,12 +94,9 @@ class Landing:
         self._converted.append((target, held))
         return held
 
-    def begin_digest(self, index: int, secret: str, version: int) -> Callable[[], int]:
-        """That of all that lies here of bucket `index`, begun; the call waits for it."""
-        found = torch.zeros(1, dtype=torch.int64, device=self.device)
-        self._digests[index].add_to(found, secret=secret, version=version, bucket=index)
-        there = digest.read(found)
-        return lambda: there()[0]
+    def digests(self, secret: str, version: int) -> Digests:
+        """To be taken in one push."""
+        return Digests(self._digests, Keys(secret, version, self._bucket_bytes, self.device), self.device)
 
     def settle(self) -> None:
         for target, held in self._converted:

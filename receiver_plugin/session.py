@@ -300,6 +300,7 @@ class Session:
         sent = list[int]()
         stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         with torch.no_grad(), torch.cuda.stream(stream), frequent_turns(), _until_done(stream):
+            digests = landing.digests(self._secret, transfer.version)
             for index, expected in enumerate(landing.num_bytes):
                 num_bytes, digest = plane.written(transfer.remaining_s())
                 if num_bytes != expected:
@@ -307,8 +308,8 @@ class Session:
                 sent.append(digest)
                 with transfer.writing:
                     transfer.check_wanted()
-                    transfer.taken.append(landing.begin_digest(index, self._secret, transfer.version))
-            found = [wait() for wait in transfer.taken]
+                    digests.begin(index)
+            found = digests.read()
             transfer.wrong = [index for index, told in enumerate(sent) if found[index] != told]
             self.writes_live = False  # all have ended
             with transfer.writing:

@@ -355,15 +355,16 @@ class Fleet:
 
         Raises: TransferError: it did not go out; where a server knows why, its `ReceiveError`.
         """
-        self._with_blame(lambda: self.half.send(bucket, index, check, self._waits(index)))
+        waits = index >= self._last_ones and self._commits_unasked and self._senders == (0,)
+        self._with_blame(lambda: self.half.send(bucket, index, check, waits))
 
-    def put(self, step: Callable[[], None], index: int) -> None:
-        """Write slices of bucket `index`, now or later, as `send`. Raises: as `send`."""
-        self._with_blame(lambda: self.half.put(step, index, self._waits(index)))
+    def put(self, step: Callable[[], None]) -> None:
+        """Begin to write slices of a bucket, now or with the next call. Raises: as `send`."""
+        self._with_blame(lambda: self.half.put(step))
 
-    def _waits(self, index: int) -> bool:
-        """Whether bucket `index` leaves behind the commit."""
-        return index >= self._last_ones and self._commits_unasked and self._senders == (0,)
+    def put_all(self) -> None:
+        """What waits for the next call, now. Raises: as `send`."""
+        self._with_blame(self.half.put_all)
 
     def room(self, num_bytes: int) -> torch.Tensor | None:
         """Where the bucket that comes next may be made, on whatever device that is; or None."""

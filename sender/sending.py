@@ -55,6 +55,7 @@ class SendingHalf:
         self._room: torch.Tensor | None = None  # where a bucket may be made
         self._waiting = deque[_Waiting]()
         self._puts = deque[Callable[[], None]]()
+        self._writes = False  # slices, since the last flush
 
     # Once
 
@@ -111,17 +112,21 @@ class SendingHalf:
             if self.settles:
                 self._opened.flush()
 
-    def put(self, step: Callable[[], None], index: int = 0, waits: bool = False) -> None:
-        """`step` writes slices of a bucket. On a GPU it is taken with the next call, and if it `waits` with `flush`."""
+    def put(self, step: Callable[[], None]) -> None:
+        """`step` begins to write slices of a bucket. On a GPU it is taken with the next call, or with `put_all`."""
         self._puts.append(step)
-        on_gpu = self._gpu is not None
-        while not (on_gpu and waits) and len(self._puts) > on_gpu:
+        while len(self._puts) > (self._gpu is not None):
+            self._puts.popleft()()
+        self._writes = self._gpu is not None
+
+    def put_all(self) -> None:
+        while self._puts:
             self._puts.popleft()()
 
     @property
     def is_ahead(self) -> bool:
-        """Whether buckets wait for the next call."""
-        return bool(self._waiting or self._puts)
+        """Whether buckets wait for the next call, or slices are still being written."""
+        return bool(self._waiting) or self._writes
 
     def take_digests_ahead(self) -> None:
         """Of the buckets that wait, too."""
@@ -147,9 +152,9 @@ class SendingHalf:
     def flush(self) -> None:
         """Return when all has left. Raises: TransferError."""
         self._send_waiting()
-        while self._puts:
-            self._puts.popleft()()
+        self.put_all()
         self._opened.flush()
+        self._writes = False
 
     @property
     def _opened(self) -> SendHalf:
@@ -163,6 +168,7 @@ class SendingHalf:
         """Buckets that wait are not sent any more."""
         self._waiting.clear()
         self._puts.clear()
+        self._writes = False
 
     def close(self) -> None:
         """Leave the plane; whoever waits for something from here hears that it is over. Idempotent."""

@@ -27,7 +27,7 @@ from shared.buckets import Bucket
 from shared.config import FP8BlockConfig
 from shared.errors import SessionLostError, TransferError
 from shared.planes import PutsSlices
-from shared.rectangle_digest import RectangleDigest
+from shared.rectangle_digest import Keys, RectangleDigest
 from shared.rectangles import DESTINATION, DESTINATION_STEP, SOURCE, SOURCE_STEP, Numbers, clip, num_bytes
 
 _TOLD_S = 60.0  # for servers to say where everything goes
@@ -39,7 +39,9 @@ class WayOut(Protocol):
     @property
     def checks_first(self) -> bool: ...
 
-    def put(self, step: Callable[[], None], index: int) -> None: ...
+    def put(self, step: Callable[[], None]) -> None: ...
+
+    def put_all(self) -> None: ...
 
 
 class Made(NamedTuple):
@@ -59,14 +61,16 @@ class SliceHolder:
         self._made_for: PushPlan | None = None
         self._tables: _Tables | None = None
         self._packer: Packer | None = None
+        self._keys: Keys | None = None  # of the push under way
 
     def forget(self) -> None:
         """A new plan is made: addresses of the last one are nobody's."""
-        self._made_for = self._tables = self._packer = None
+        self._made_for = self._tables = self._packer = self._keys = None
 
     def rehearse(self, plan: PushPlan, bucket: Bucket, gathered: Gathered) -> None:
         """A push without servers: kernels are compiled and tables made."""
         self._begin_digests(self.pack(plan, bucket, gathered), version=0)()
+        self._keys = None
 
     def pack(self, plan: PushPlan, bucket: Bucket, gathered: Gathered) -> Made:
         """What of `bucket` this rank has to write."""
@@ -85,10 +89,11 @@ class SliceHolder:
     def send(self, made: Made, index: int) -> None:
         """Begin to write it; on a GPU with the next call, so that the device has something to do meanwhile."""
         digests = self._begin_digests(made, self._half.version)
-        self._way_out.put(lambda: self._put(made, digests), index)
+        self._way_out.put(lambda: self._put(made, digests))
 
     def check_finite(self) -> None:
         """Raises: NonFiniteWeightError: what this rank has written had inf or NaN."""
+        self._way_out.put_all()
         if self._packer is not None:
             self._packer.check_finite()
 
@@ -102,9 +107,12 @@ class SliceHolder:
     def _begin_digests(self, made: Made, version: int) -> Callable[[], Sequence[int]]:
         """Of what goes to each server rank."""
         # One on every 16 bytes: a kernel is compiled for those that are, and for others again.
-        out = torch.zeros(self._opened.num_ranks, 2, dtype=torch.int64, device=self._opened.device)
+        tables, keys = self._opened, self._keys
+        if keys is None or keys.version != version:
+            keys = self._keys = Keys(self._half.secret, version, tables.bucket_bytes, tables.device)
+        out = torch.zeros(tables.num_ranks, 2, dtype=torch.int64, device=tables.device)
         for part, source in made.sources:
-            part.add_digests(out, source, secret=self._half.secret, version=version, bucket=made.bucket.index)
+            part.add_digests(out, source, keys, made.bucket.index)
         return digest.read(out[:, 0])
 
     def _prepared(self, plan: PushPlan, device: torch.device) -> tuple[_Tables, Packer]:
@@ -142,11 +150,11 @@ class _Part:
         """On a GPU on the current stream, without waiting for it."""
         self._copy(source)
 
-    def add_digests(self, out: Tensor, source: Tensor, *, secret: str, version: int, bucket: int) -> None:
+    def add_digests(self, out: Tensor, source: Tensor, keys: Keys, bucket: int) -> None:
         """out: [server ranks, 2] int64, of which the first ones are added to."""
         for found, ranks in self._digests.values():
             where = out[ranks[0], :1] if len(ranks) == 1 else torch.zeros_like(out[0, :1])
-            found.add_to(where, secret=secret, version=version, bucket=bucket, source=source)
+            found.add_to(where, keys, bucket, source)
             for rank in ranks if len(ranks) > 1 else ():
                 out[rank, :1] += where
 
@@ -157,6 +165,7 @@ class _Tables:
 
     def __init__(self, plan: PushPlan, targets: Sequence[Sequence[Numbers]], rank: int, device: torch.device) -> None:
         self.num_ranks, self.device = len(targets), device
+        self.bucket_bytes = [bucket.num_bytes for bucket in plan.layout.buckets]
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.rows, self.packed = list[_Part](), dict[int, _Part]()
         for bucket in plan.layout.buckets:

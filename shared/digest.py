@@ -17,9 +17,10 @@ That holds as long as those who tamper see no digests: they travel in `Verify`, 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from importlib.util import find_spec
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -62,12 +63,16 @@ def start_digest(data: torch.Tensor, *, secret: str, version: int, bucket: int, 
 
 
 def multipliers(
-    num_bytes: int, device: torch.device, *, secret: str, version: int, bucket: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """T, and A of the pages of so many bytes, both int64 on a GPU."""
-    num_pages = -(-num_bytes // (WORD_BYTES * PAGE_WORDS))
-    pages = _page_multipliers(secret, version, bucket, 0, num_pages)
-    return _table(secret, device, PAGE_WORDS), _sent(pages, device)
+    sizes: Sequence[int], device: torch.device, *, secret: str, version: int
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """T, and for each bucket of so many bytes A of its pages: int64 on a GPU, each on 16 bytes; sent there at once."""
+    drawn, starts = list[torch.Tensor](), [0]
+    for bucket, num_bytes in enumerate(sizes):
+        num_pages = max(1, -(-num_bytes // (WORD_BYTES * PAGE_WORDS)))
+        drawn.append(_page_multipliers(secret, version, bucket, 0, num_pages + num_pages % 2))
+        starts.append(starts[-1] + drawn[-1].numel())
+    sent = _sent(torch.cat(drawn), device)
+    return _table(secret, device, PAGE_WORDS), [sent[start:end] for start, end in pairwise(starts)]
 
 
 def begin_digest(data: torch.Tensor, *, secret: str, version: int, bucket: int) -> Callable[[], int]:

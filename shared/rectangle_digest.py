@@ -6,6 +6,8 @@ server rank finds in its memory, though no process has the bucket.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,15 @@ from shared import raw
 from shared.rectangles import DESTINATION, DESTINATION_STEP, ROWS, WIDTH, Numbers, joined, launches, split
 
 _WORD_BYTES = 4
+
+
+class Keys:
+    """What the digests of one push are made with; `sizes`: bytes of each bucket."""
+
+    def __init__(self, secret: str, version: int, sizes: Sequence[int], device: torch.device) -> None:
+        self.secret, self.version = secret, version
+        if device.type == "cuda":
+            self.table, self.pages = digests.multipliers(sizes, device, secret=secret, version=version)
 
 
 class RectangleDigest:
@@ -33,19 +44,18 @@ class RectangleDigest:
                 for launch in self._launches:
                     warm(device, launch.unit_bytes, digests.PAGE_WORDS, relative)
 
-    def add_to(self, out: Tensor, *, secret: str, version: int, bucket: int, source: Tensor | None = None) -> None:
-        """Add to `out`, int64 of one element on the device, on the current stream, without waiting for it. `source`:
-        flat uint8, on 16 bytes."""
-        if not len(self._found):
-            return
+    def add_to(self, out: Tensor, keys: Keys, bucket: int, source: Tensor | None = None) -> None:
+        """Add to `out`, int64 of one element on the device (on 16 bytes: a kernel is compiled for that, and for others
+        again), on the current stream, without waiting for it. `source`: flat uint8, on 16 bytes."""
         if self._device.type != "cuda":
             first = 0 if source is None else source.data_ptr()
             for part in raw.collect(self._found, first, self._num_bytes):
-                out += digests.start_digest(torch.from_numpy(part), secret=secret, version=version, bucket=bucket)
+                data = torch.from_numpy(part)
+                out += digests.start_digest(data, secret=keys.secret, version=keys.version, bucket=bucket)
             return
         from shared.triton_rectangles import digest_rectangles
 
-        table, pages = digests.multipliers(self._num_bytes, self._device, secret=secret, version=version, bucket=bucket)
         with torch.cuda.device(self._device):
             for unit_bytes, rectangles, programs in self._launches:
-                digest_rectangles(rectangles, programs, table, pages, out, unit_bytes=unit_bytes, source=source)
+                tables = rectangles, programs, keys.table, keys.pages[bucket]
+                digest_rectangles(*tables, out, unit_bytes=unit_bytes, source=source)

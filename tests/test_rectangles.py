@@ -10,10 +10,14 @@ import pytest
 import torch
 
 from shared import digest, raw
-from shared.rectangle_digest import RectangleDigest
+from shared.rectangle_digest import Keys, RectangleDigest
 from shared.rectangles import DESTINATION, ROWS, SOURCE, Numbers, clip, joined, launches, num_bytes, split
 
 SECRET = "ab" * 32
+
+
+def keys(version: int) -> Keys:
+    return Keys(SECRET, version, [], torch.device("cpu"))
 
 
 def drawn(seed: int, size: int, num: int = 12) -> Numbers:
@@ -68,15 +72,13 @@ def test_parts_make_the_whole(seed: int) -> None:
         cut = clip(found, start, stop)
         raw.copy(at(cut, DESTINATION, parts), source.data_ptr())
         sent = np.column_stack([cut[:, SOURCE], cut[:, SOURCE], cut[:, 2:5], cut[:, 4]])
-        RectangleDigest(sent, torch.device("cpu"), relative=True).add_to(
-            sums[:1], secret=SECRET, version=3, bucket=5, source=source
-        )
+        RectangleDigest(sent, torch.device("cpu"), relative=True).add_to(sums[:1], keys(3), 5, source)
     wanted = torch.tensor([moved(found).get(place, -1) for place in range(size)])
     assert torch.equal(whole, torch.where(wanted < 0, 0, source[wanted.clamp_min(0)]))
     assert torch.equal(parts, whole)
     arrived = np.column_stack([at(found, DESTINATION, whole)[:, DESTINATION], found[:, SOURCE], *found[:, 2:4].T])
     arrived = np.column_stack([arrived, found[:, 5], found[:, 4]])
-    RectangleDigest(arrived, torch.device("cpu")).add_to(sums[1:], secret=SECRET, version=3, bucket=5)
+    RectangleDigest(arrived, torch.device("cpu")).add_to(sums[1:], keys(3), 5)
     assert sums[0] == sums[1] != 0
 
 
@@ -90,9 +92,7 @@ def test_the_digest_of_all_is_that_of_the_bucket() -> None:
     data = torch.randint(0, 256, (4 * 300,), dtype=torch.uint8)
     rows = np.array([(first, first, 1, 100, 0, 0) for first in range(0, 1200, 100)], dtype=np.int64)
     found = torch.zeros(1, dtype=torch.int64)
-    RectangleDigest(rows, torch.device("cpu"), relative=True).add_to(
-        found, secret=SECRET, version=1, bucket=2, source=data
-    )
+    RectangleDigest(rows, torch.device("cpu"), relative=True).add_to(found, keys(1), 2, data)
     wanted = digest.digest(data, secret=SECRET, version=1, bucket=2)
     assert digest.read(found)() == [wanted]
 

@@ -132,14 +132,15 @@ def push_through_failures(rank: int) -> dict[str, Any]:
         if server is not None:  # bytes that somebody else changed
             session = server.receiver._session
             assert session is not None and session._landing is not None
-            digest = session._landing.begin_digest
+            digests, memory = session._landing.digests, session._landing.memories[0]
 
-            def spoiled(index: int, *more: Any) -> Any:
-                if index == 2:
-                    session._landing.memories[0].add_(1)  # type: ignore[union-attr]
-                return digest(index, *more)
+            def spoiled(*args: Any) -> Any:
+                made = digests(*args)
+                begin = made.begin
+                setattr(made, "begin", lambda index: (memory.add_(index == 2), begin(index)))  # noqa: B010
+                return made
 
-            setattr(session._landing, "begin_digest", spoiled)  # noqa: B010
+            setattr(session._landing, "digests", spoiled)  # noqa: B010
         found["spoiled"] = caught(sender.push, make_sharded(2, 3))
         found["kept too"] = server is None or fingerprint(server.model) == expected(Trainer(2))
         sender.push(make_sharded(2, 4))
