@@ -89,6 +89,8 @@ class Engine:
 
     derived: Derived = NothingDerived()
 
+    makeup: object = None
+
     def __init__(self, num_layers: int) -> None:
         self.memory = Memory(4 * num_layers * SIDE * SIDE)  # an image, a bucket, and more
 

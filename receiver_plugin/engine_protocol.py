@@ -24,6 +24,11 @@ class Engine(Protocol):
     def unsafe(self) -> list[str]:
         """Why raw copies into the live parameters would be wrong just now; empty if they are right."""
 
+    @property
+    def makeup(self) -> object:
+        """What `unsafe` found the model to be made of: the same object as long as nothing has changed since, places in
+        memory included. None: nobody looked at that."""
+
     def flush_cache(self) -> bool:
         """Forget the KV cache of the old weights. False, and nothing done, while requests run."""
 

@@ -297,8 +297,11 @@ class Receiver:
     def _ready_to_commit(self, session: Session, in_flight: wire.InFlight, idle: bool) -> None:
         self._check_safe()
         self._check_incarnation(self._planned_for)
-        if moved := session.staging.check_addresses():
-            raise CommitError(f"{moved} moved in memory since the push began; nothing was touched")
+        if (makeup := self._engine.makeup) is None or makeup is not session.looked_at:
+            session.looked_at = None
+            if moved := session.staging.check_addresses():
+                raise CommitError(f"{moved} moved in memory since the push began; nothing was touched")
+            session.looked_at = makeup  # as long as that holds, nothing has moved
         if in_flight == "keep":
             if session.exclusive:
                 raise CommitError(f"its staging is {session.way}, beside which no request can go on")

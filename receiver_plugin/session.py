@@ -131,6 +131,7 @@ class Session:
         self.id, self.sender, self._secret = opened.session, opened.sender, opened.secret
         self.way, self._stage, self._device = way, stage, device
         self.exclusive = way != "reserved"  # its transfers use what requests use
+        self.looked_at: object = None  # the makeup of the model with which all of its tensors lay where they should
         self._lands = opened.slices
         self.writes_live = False  # whether trainer ranks may still write to live parameters, after its end, too
         self._staging: Staging | None = None if self.exclusive else stage(None)

@@ -132,6 +132,10 @@ class SglangEngine:
             self._safe = backends, makeup
         return _refused_by_sglang(self._model, only_elsewhere=True)
 
+    @property
+    def makeup(self) -> object:
+        return self._safe
+
     def flush_cache(self) -> bool:
         flushed = self._flush_kv_cache()
         if flushed:

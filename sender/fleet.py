@@ -306,7 +306,7 @@ class Fleet:
         self._forget_push()
         may_begin = looked or set(self.staging.values()) == {"reserved"}
         if self._lost is None and self.is_open and may_begin and _is_version(version):
-            self._version = version
+            self._take_version(version)
             self._early = self._servers.on_a_thread(lambda: self._begin(version))
 
     def begin(self, version: int) -> None:
@@ -325,14 +325,24 @@ class Fleet:
                 self._servers.tell(self._abort(str(error)))
             raise
         if not self._begun:
+            self._take_version(version)
             self._begin(version)
         assert version == self._version
 
-    def _begin(self, version: int) -> None:
+    @property
+    def writes_before_it_begins(self) -> bool:
+        """Whether servers hear of the push just now, and what is written to them meanwhile harms nothing: it goes to
+        memory that is reserved for this session, as long as that is open, and counts once they have begun."""
+        return self._slices and self._early is not None and set(self.staging.values()) == {"reserved"}
+
+    def _take_version(self, version: int) -> None:
+        """What is sent from here on is of that version."""
         if not _is_version(version):
             raise StaleVersionError(f"{version} is no version: they are whole numbers from 0 to {wire.MOST_VERSION}")
         self._version, self._digests = version, {}
         self.half.begin(version)
+
+    def _begin(self, version: int) -> None:
         self._doors.begin()
         exclusive = [name for name in self.names if self.staging[name] != "reserved"]
         # Who begins at once waits for bytes until requests have ended on the others.

@@ -79,6 +79,12 @@ class Leader:
         self._version = self._newest + 1 if version is None else version
         self._fleet.begin(self._version)
 
+    def begin_or_write(self, version: int | None) -> None:
+        """`begin`, but where slices may be written meanwhile: then whoever writes knows the version, and `begin` is for
+        later."""
+        if not self._fleet.writes_before_it_begins:
+            self.begin(version)
+
     def begin_or_plan_again(self, plan: PushPlan, version: int | None) -> None:
         """`begin`, for what is quantized already and was planned without asking. Raises: as `plan_again`."""
         try:

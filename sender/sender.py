@@ -285,12 +285,15 @@ class FP8Sender:
             with clock.phase("send"):
                 lead.run(self._holder.send, packed, bucket.index, on=self._maker_of(plan, bucket))
         source.release()
+        if plan.slices:
+            with clock.phase("plan"):
+                lead.run(self._leader.begin, version)
         self._publish(plan, lead, clock)
         return self._finish(plan, lead, clock)
 
     def _begin(self, plan: PushPlan, lead: Lead, clock: PhaseClock, version: int | None) -> None:
         with clock.phase("plan"):
-            lead.run(self._leader.begin, version)
+            lead.run(self._leader.begin_or_write, version)
             self._sending.begin(plan, lead, self._fail, self._fleet.leave_out_the_guilty)
 
     def _gathered(self, source: WeightSource, plan: PushPlan, clock: PhaseClock) -> Iterator[tuple[Bucket, Gathered]]:

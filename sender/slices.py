@@ -31,6 +31,7 @@ from shared.rectangle_digest import Keys, RectangleDigest
 from shared.rectangles import DESTINATION, DESTINATION_STEP, SOURCE, SOURCE_STEP, Numbers, clip, num_bytes
 
 _TOLD_S = 60.0  # for servers to say where everything goes
+_PROGRAMS_OF_EACH = 2  # multiprocessor
 
 
 class WayOut(Protocol):
@@ -166,7 +167,7 @@ class _Tables:
     def __init__(self, plan: PushPlan, targets: Sequence[Sequence[Numbers]], rank: int, device: torch.device) -> None:
         self.num_ranks, self.device = len(targets), device
         self.bucket_bytes = [bucket.num_bytes for bucket in plan.layout.buckets]
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
         self.rows, self.packed = list[_Part](), dict[int, _Part]()
         for bucket in plan.layout.buckets:
             of_bucket = [of_rank[bucket.index] for of_rank in targets]
@@ -215,7 +216,9 @@ def _copier(found: Numbers, device: torch.device) -> Callable[[Tensor], None]:
         return lambda source: raw.copy(found, source.data_ptr())
     from shared.grouped_copy import RectangleCopy
 
-    return RectangleCopy(found, device, relative=True).run
+    # As few as keep a link, or the memory of this GPU, at work: what is quantized meanwhile finds room beside them.
+    most = _PROGRAMS_OF_EACH * torch.cuda.get_device_properties(device).multi_processor_count
+    return RectangleCopy(found, device, relative=True, most_programs=most).run
 
 
 def _now(device: torch.device) -> torch.cuda.Event | None:

@@ -20,7 +20,7 @@ from shared.triton_copy import NUM_WARPS, copy_rectangles, warm
 
 class RectangleCopy:
     """Copies rectangles of bytes of one device, or of GPUs that it reaches. `found`: as of `shared.rectangles`; only
-    addresses are kept. `relative`: sources count from the memory that `run` is given."""
+    addresses are kept. `relative`: sources count from the memory that `run` is given. `most_programs`: at a time."""
 
     def __init__(
         self,
@@ -29,8 +29,10 @@ class RectangleCopy:
         num_units: int = NUM_UNITS,
         num_warps: int = NUM_WARPS,
         relative: bool = False,
+        most_programs: int | None = None,
     ) -> None:
-        self._device, self._sizes = device, {"num_units": num_units, "num_warps": num_warps}
+        self._device, self._most = device, most_programs
+        self._sizes = {"num_units": num_units, "num_warps": num_warps}
         self.launches = [launch.on(device) for launch in launches(split(joined(found)), num_units)]
         with self._current():
             for launch in self.launches:
@@ -39,8 +41,9 @@ class RectangleCopy:
     def run(self, source: Tensor | None = None) -> None:
         """On the current stream, without waiting for it. `source`: flat uint8, on 16 bytes."""
         with self._current():
-            for unit_bytes, table, rectangle_of_program in self.launches:
-                copy_rectangles(table, rectangle_of_program, unit_bytes=unit_bytes, source=source, **self._sizes)
+            for unit_bytes, table, programs in self.launches:
+                sizes = {**self._sizes, "unit_bytes": unit_bytes}
+                copy_rectangles(table, programs, source=source, most_programs=self._most, **sizes)
 
     def _current(self) -> AbstractContextManager[object]:
         """Triton launches on the current device, whatever device the tensors are on."""

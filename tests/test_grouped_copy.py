@@ -274,6 +274,7 @@ from shared.triton_copy import NUM_UNITS, _copy_kernel
 for unit_bytes, wide in ((16, "v2.b64"), (4, "b32"), (2, "b16"), (1, "b8")):
     constants = {"RELATIVE": True, "UNIT_BYTES": unit_bytes, "NUM_UNITS": NUM_UNITS}
     types = {"rectangles_ptr": "*i64", "rectangle_of_program_ptr": "*i32", "base_ptr": "*u8"}
+    types["num_programs"] = "i32"
     types |= dict.fromkeys(constants, "constexpr")
     aligned = {(argument,): [["tt.divisibility", 16]] for argument in range(2)}
     source = ASTSource(_copy_kernel, types, constants, aligned)

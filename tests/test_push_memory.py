@@ -483,3 +483,23 @@ def test_versions_go_on_after_a_server_restarted(server: Server, sender: FP8Send
     server.receiver = Receiver(server.model, server.engine, SingleRank(), "restarted")
     server.control._handle = server.receiver.handle
     assert sender.push(Trainer()).version == 8
+
+
+def test_places_are_looked_at_again_only_if_something_has_changed(server: Server, sender: FP8Sender) -> None:
+    server.engine.makeup = object()
+    sender.push(Trainer(1))
+    assert server.receiver._session is not None
+    looks = list[str]()
+    staging = server.receiver._session.staging
+    check = staging.check_addresses
+
+    def looking() -> str | None:
+        looks.append(server.receiver.state)
+        return check()
+
+    setattr(staging, "check_addresses", looking)  # noqa: B010
+    sender.push(Trainer(2))
+    assert looks == ["SERVING"]  # as it began
+    server.engine.makeup = object()
+    sender.push(Trainer(3))
+    assert looks[1:] == ["SERVING", "RECEIVING"] and fingerprint(server.model) == expected(Trainer(3))

@@ -16,7 +16,7 @@ from receiver_plugin.probe import fingerprint
 from receiver_plugin.ranks import SingleRank
 from receiver_plugin.receiver import Receiver
 from sender import FP8Sender
-from shared import errors
+from shared import errors, protocol
 from shared.errors import ConfigError, TransferError
 from shared.planes import shared_memory
 from shared.planes.shared_memory import allocate
@@ -112,6 +112,56 @@ def test_what_is_held_in_another_type_is_converted() -> None:
         sender.push(Trainer(5))
     norm = dict(server.model.named_parameters())[NORM]
     assert torch.equal(norm, Trainer(5).get_parameter(NORM).to(torch.float32))
+
+
+def push_to_what_is_no_longer_there(rank: int) -> list[Any]:
+    """A server that starts again between two pushes, then one that lets go of the session: ranks write before it is
+    known that the push has begun."""
+    server, found = server_of(rank), list[Any]()
+    with make_sender(server, **HOLDERS) as sender:
+        for seed in range(5):
+            model = make_sharded(2, seed=seed)
+            if server is not None and seed == 1:
+                server.receiver = Receiver(server.model, server.engine, SingleRank(), "started again")
+                server.control._handle = server.receiver.handle
+            if server is not None and seed == 3:
+                server.receiver.handle(protocol.Close(session=sender._fleet._session))
+            if seed == 3:
+                found.append(caught(sender.push, model)["kind"])
+            report = sender.push(model)
+            found.append((report.version, server is None or fingerprint(server.model) == expected(Trainer(seed))))
+    return found
+
+
+def test_all_ranks_plan_anew_for_a_server_that_started_again() -> None:
+    for found in run_on_ranks(push_to_what_is_no_longer_there, 2):
+        assert found == [(1, True), (2, True), (3, True), "SessionLostError", (4, True), (5, True)]
+
+
+def push_late_begun(rank: int) -> list[Any]:
+    """A server that takes its time to begin, while everything is written and told."""
+    server, found = server_of(rank), list[Any]()
+    with make_sender(server, **HOLDERS) as sender:
+        sender.push(make_sharded(2, 1))
+        if server is not None:
+            handle = server.control._handle
+
+            def slow(message: Any) -> Any:
+                if message.kind == "begin":
+                    time.sleep(1.5)  # longer than a session looks away
+                return handle(message)
+
+            server.control._handle = slow
+        for seed in (2, 3):
+            report = sender.push(make_sharded(2, seed))
+            same = server is None or fingerprint(server.model) == expected(Trainer(seed))
+            found.append((report.version, same, report.seconds["send"] < 1.0))
+    return found
+
+
+def test_slices_are_written_before_a_server_has_begun() -> None:
+    for found in run_on_ranks(push_late_begun, 2):
+        assert found == [(2, True, True), (3, True, True)]
 
 
 # ---- what ends a push

@@ -140,6 +140,7 @@ class FakeEngine:
         self.derived: Derived = NothingDerived()
         self.memory = FakeMemory()
         self.unsafe_reasons: list[str] = []
+        self.makeup: object = None
         self.block_size: tuple[int, int] | None = (128, 128)
         self.sglang_version = "0.5.23"
         self.scale_fmt: Literal["fp32", "ue8m0"] = "fp32"

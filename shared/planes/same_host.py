@@ -412,6 +412,7 @@ class SameHostReceiver:
             what: deque() for what in (messages.HEADER, messages.WRITTEN, messages.LET_GO)
         }
         self._num_expected = self._num_received = self._num_written = self._num_let_go = 0
+        self._landed = False
         try:
             self._meet(deadline)
         except BaseException:
@@ -443,6 +444,7 @@ class SameHostReceiver:
         body = SliceMap(told, tuple(slices)).packed()
         self._say(Said(messages.MAP, num_bytes=len(body)), deadline)
         self._link.say(messages.signed_map(self._link.signer, self._rank, body), deadline)
+        self._landed = True
 
     def written(self, timeout_s: float) -> tuple[int, int]:
         number, self._num_received = self._num_received, self._num_received + 1
@@ -463,6 +465,8 @@ class SameHostReceiver:
         self._link.finish()
 
     def alive(self) -> bool:
+        if self._landed:  # what is written for a push may be told before it has begun
+            return self._link.is_open()
         return self._link.is_silent()  # all that a sender can say between pushes is that it lets go
 
     def close(self) -> None:
