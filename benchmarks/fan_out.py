@@ -88,7 +88,6 @@ class Engine:
     """An engine that never has a request."""
 
     derived: Derived = NothingDerived()
-
     makeup: object = None
 
     def __init__(self, num_layers: int) -> None:

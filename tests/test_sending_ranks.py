@@ -359,8 +359,8 @@ def test_a_push_that_cannot_begin_or_commit_ends_at_once() -> None:
 @pytest.mark.parametrize(
     ("settings", "why"),
     [
-        ({"send_from": "all"}, "it is 'rank_0', 'auto', or a tuple"),
-        ({"send_from": 1}, "it is 'rank_0', 'auto', or a tuple"),
+        ({"send_from": "all"}, "it is 'rank_0', 'auto', 'holders', or a tuple"),
+        ({"send_from": 1}, "it is 'rank_0', 'auto', 'holders', or a tuple"),
         ({"send_from": ()}, "names some of the 1 trainer ranks"),
         ({"send_from": (0, 0)}, "each once"),
         ({"send_from": (1,)}, "names some of the 1 trainer ranks"),
