@@ -20,7 +20,9 @@ import tempfile
 import threading
 import time
 import traceback
+from concurrent.futures import ProcessPoolExecutor
 from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
 from typing import get_args
 
@@ -38,6 +40,7 @@ from examples.local_server import LocalServer
 from shared.config import FP8BlockConfig
 from shared.launch import sglang_fp8_args
 from shared.protocol import PlaneName
+from tests.zoo import Case
 
 START_S = 240.0
 _TP_ON_CPU = {"SGLANG_NCCL_SO_PATH": "/nonexistent"}  # else torch's NCCL is taken, which needs a GPU
@@ -132,21 +135,26 @@ class Run:
         return int(not self.rows or any(row.failed for row in self.rows))
 
 
+def reference(case: Case, sizes: set[int], whole_experts: bool) -> dict[int, list[dict[str, str]]]:
+    """What each rank of a server of so many ranks has to hold. In a process of its own no memory stays taken."""
+    trainer = Trainer(case, torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
+    trainer.fill(SEEDS[0])
+    ranks = {size: [Rank(index, size, whole_experts) for index in range(size)] for size in sizes}
+    config = FP8BlockConfig()
+    return {size: [expected(trainer.weights, config, rank) for rank in of_size] for size, of_size in ranks.items()}
+
+
 def measure(run: Run, folder: Path) -> None:
     chosen = run.chosen
-    device = torch.device("cuda", 0) if run.on_gpu else torch.device("cpu")
-    trainer = Trainer(chosen.case, device)
+    weights = Trainer(chosen.case, torch.device("cpu")).weights  # of shapes: nothing is ever written there
     model = chosen.case.write_config(folder / chosen.case.name)
-    reserved = staging_gb(trainer.weights, run.config, [chosen.bucket_mib]) if "reserved" in chosen.staging else "0"
+    reserved = staging_gb(weights, run.config, [chosen.bucket_mib]) if "reserved" in chosen.staging else "0"
     args = [*sglang_fp8_args(str(model), run.config), "--fp8sync-staging", reserved]
     shared = set(chosen.trainers) & {gpu for gpus in chosen.servers for gpu in gpus}
     servers = [] if shared else [run.start(number, args) for number in range(len(chosen.servers))]
-    trainer.fill(SEEDS[0])
-    wanted = {
-        size: [expected(trainer.weights, run.config, Rank(i, size, chosen.whole_experts)) for i in range(size)]
-        for size in {len(gpus) for gpus in chosen.servers}
-    }
-    trainer.free()
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        sizes = {len(gpus) for gpus in chosen.servers}
+        wanted = pool.submit(reference, chosen.case, sizes, chosen.whole_experts).result()
     if shared:  # the whole model and a server might not fit on one GPU
         servers = [run.start(number, args) for number in range(len(chosen.servers))]
     for server in servers:

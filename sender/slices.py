@@ -135,12 +135,14 @@ class SliceHolder:
 
 
 class _Part:
-    """What one source of a bucket has for the servers: `runs` of it. `targets`: of each server rank."""
+    """What one source of a bucket has for the servers: `runs` of it. `targets`: of each server rank; `first`: to which
+    it is written first, another one for every trainer rank, so that not all of them write into one link at a time."""
 
-    def __init__(self, runs: Sequence[Run], targets: Sequence[Numbers], device: torch.device) -> None:
+    def __init__(self, runs: Sequence[Run], targets: Sequence[Numbers], first: int, device: torch.device) -> None:
         found = [_cut(runs, target) for target in targets]
         self.num_bytes = [num_bytes(of_rank) for of_rank, _ in found]
-        self._copy = _copier(np.concatenate([of_rank for of_rank, _ in found]), device)
+        in_turn = [found[(first + number) % len(found)][0] for number in range(len(found))]
+        self._copy = _copier(np.concatenate(in_turn), device)
         self._digests: dict[bytes, tuple[RectangleDigest, list[int]]] = {}  # once for servers that get the same
         for rank, (_, places) in enumerate(found):
             if len(places):
@@ -172,12 +174,12 @@ class _Tables:
         for bucket in plan.layout.buckets:
             of_bucket = [of_rank[bucket.index] for of_rank in targets]
             rows = plan.rows.buckets[bucket.index] if plan.rows is not None else None
-            self.rows.append(_Part(rows.runs if rows is not None else (), of_bucket, device))
+            self.rows.append(_Part(rows.runs if rows is not None else (), of_bucket, rank, device))
             late = [entry for entry in bucket.entries if entry.tensor.name not in plan.early]
             if late and plan.sender_of(bucket) == rank:
                 slots = [slot for entry in late for slot in (entry.values, entry.scale) if slot is not None]
                 runs = [Run(slot.offset_bytes, slot.offset_bytes, slot.num_bytes) for slot in slots]
-                self.packed[bucket.index] = _Part(runs, of_bucket, device)
+                self.packed[bucket.index] = _Part(runs, of_bucket, rank, device)
 
     def write(self, made: Made) -> Callable[[], bool]:
         """Begin to; what is returned says whether that has ended."""

@@ -185,7 +185,7 @@ class Lingering:
 
     def __init__(self, reserved: torch.Tensor | None) -> None:
         self.writes_from = None if reserved is None else reserved.data_ptr()
-        self.is_there, self.waited_s = True, 0.0
+        self.is_there, self.waited_s, self.writes_live = True, 0.0, False
 
     def lingers_for(self, seconds: float) -> bool:
         self.waited_s = max(self.waited_s, seconds)
