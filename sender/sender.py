@@ -84,8 +84,10 @@ class FP8Sender:
             into memory of the servers; `memory` for tests.
         send_from: which trainer ranks send, in turn a bucket each, over planes of their own: `rank_0`; a tuple of them,
             `(1,)` or `(0, 1, 2, 3)`; or `auto`: of rank 0, any other rank, up to eight of its host or of all, those
-            with the fewest bytes on the busiest link. Bytes are the same whoever sends. It has to be the same on every
-            rank, and so have `servers`. Not with `push_async`, `keep_snapshot` and `quorum`, nor over `memory`.
+            with the fewest bytes on the busiest link. `holders`, over `same_host`: every rank writes the rows that it
+            holds straight to where each server rank keeps its slices of them; nothing is gathered. Bytes are the same
+            whoever sends. It has to be the same on every rank, and so have `servers`. Not with `push_async`,
+            `keep_snapshot` and `quorum`, nor over `memory`.
         ca_file: certificates (PEM) that `https` servers are checked against, in place of the system's.
     """
 

@@ -1,5 +1,6 @@
 """Every trainer rank writes what it holds itself, straight to where servers keep it: the same bytes, however they are
-cut, and what becomes of a push that ends on the way. Over shared memory; on GPUs: tests/gpu/test_slices.py.
+cut, and what becomes of a push that ends on the way. Over shared memory; on GPUs `benchmarks.layouts --send-from holders`
+compares every byte.
 """
 
 from __future__ import annotations
