@@ -51,13 +51,13 @@ class Digests:
 
 
 class Landing:
-    """`pairs`: for each bucket what is copied from it; all of it to one device. `bucket`: where that begins.
+    """`pairs`: for each of `buckets` what is copied from it, all of it to `device`.
 
     Raises: PlanError: something of it cannot be written from outside.
     """
 
-    def __init__(self, pairs: Sequence[Pairs], buckets: Sequence[Tensor]) -> None:
-        self.device = next(to.device for tos, _ in pairs for to in tos)
+    def __init__(self, pairs: Sequence[Pairs], buckets: Sequence[Tensor], device: torch.device) -> None:
+        self.device = device
         self._held: dict[int, Tensor] = {}  # memory that is written to, by its first address
         self._converted: list[tuple[Tensor, Tensor]] = []
         places = [self._place(*pair, bucket) for pair, bucket in zip(pairs, buckets, strict=True)]
@@ -70,12 +70,13 @@ class Landing:
 
     def _place(self, to: list[Tensor], of: list[Tensor], bucket: Tensor) -> Numbers:
         """Rectangles from places in the bucket to addresses."""
-        to = [self._settled_later(t, o) if t.dtype != o.dtype else t for t, o in zip(to, of, strict=True)]
+        some = [(t, o) for t, o in zip(to, of, strict=True) if t.numel()]
+        to = [self._settled_later(t, o) if t.dtype != o.dtype else t for t, o in some]
         for target in to:
             storage = target.untyped_storage()
             if storage.data_ptr() not in self._held:
                 self._held[storage.data_ptr()] = target.new_empty(0, dtype=torch.uint8).set_(storage)
-        found, left = rectangles(to, of)
+        found, left = rectangles(to, [source for _, source in some])
         if left:
             raise PlanError(f"{len(left)} tensors lie so that no trainer rank can write them: use another send_from")
         found[:, SOURCE] -= bucket.data_ptr()

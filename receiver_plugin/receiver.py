@@ -7,7 +7,8 @@
 
 Requests are served with the old weights up to the commit, or wait for it where a push arrives in memory that they use.
 Nothing but `_commit` writes to live parameters, after every rank has every byte in its staging memory; a server that
-stages in place (`receiver_plugin.rooms`) is fenced where a transfer has written something and ends without its commit.
+stages in place (`receiver_plugin.rooms`) is fenced where a transfer has written something and ends without its commit,
+or may have, because trainer ranks write there themselves.
 
 `handle` runs on the scheduler's thread, between two batches, on all ranks with the same message; that is what makes
 the collectives of `ranks` safe. Bytes arrive on the thread of the session (`receiver_plugin.session`).

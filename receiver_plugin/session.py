@@ -151,6 +151,7 @@ class Session:
             self.give_room_back()
         elif self._lands:
             self._landing = self.staging.landing
+            self.writes_from = self._first_byte  # trainer ranks may write before they are heard of
         self._plane: ReceiveHalf | None = None
         self._thread = threading.Thread(target=self._run, args=(join,), name="fp8sync-receive", daemon=True)
         self._thread.start()
@@ -179,13 +180,18 @@ class Session:
 
     def begin(self, version: int, deadline_s: float) -> None:
         self.transfer = Transfer(version, deadline_s, self.staging)
-        room = self.staging.room
-        self.writes_from = (room.buffers[0] if room.lands and room.buffers else room.bucket).data_ptr()
-        self.writes_live = room.lands and self.exclusive
+        self.writes_from = self._first_byte
+        self.writes_live = self.staging.room.lands and self.exclusive
         self.staging.will_be_written()
         with self._wake:
             self._pending = self.transfer
             self._wake.notify()
+
+    @property
+    def _first_byte(self) -> int:
+        """That may be written to while something arrives."""
+        room = self.staging.room
+        return (room.buffers[0] if room.lands and room.buffers else room.bucket).data_ptr()
 
     def transfer_of(self, version: int) -> Transfer:
         if self.transfer is None or self.transfer.version != version:
@@ -194,7 +200,8 @@ class Session:
         return self.transfer
 
     def end_transfer(self, why: str, own_fault: bool = False) -> bool:
-        """Whether live parameters were written to. On return nothing writes any more.
+        """Whether live parameters were written to. On return nothing of this process writes any more; trainer ranks
+        that write themselves may, as long as it `lingers`.
 
         `own_fault`: a rank of this server failed by itself, so that bytes did not arrive elsewhere.
         """

@@ -90,7 +90,7 @@ class Staging:
         self._scatter: list[Callable[[], None] | None] = [None] * len(layout.buckets)
         self.landing: Landing | None = None
         if self.room.lands:
-            self.landing = Landing(self._resolve(plan.copies), self._windows)
+            self.landing = Landing(self._resolve(plan.copies), self._windows, need.device)
         elif not self.room.whole:
             self._scatter = [copier(*pairs) for pairs in self._resolve(plan.copies)]
         self._commit = copier(*self._staged())

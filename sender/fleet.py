@@ -333,7 +333,8 @@ class Fleet:
     def writes_before_it_begins(self) -> bool:
         """Whether servers hear of the push just now, and what is written to them meanwhile harms nothing: it goes to
         memory that is reserved for this session, as long as that is open, and counts once they have begun."""
-        return self._slices and self._early is not None and set(self.staging.values()) == {"reserved"}
+        begins = self._early is not None and not self._early.done()
+        return self._slices and begins and set(self.staging.values()) == {"reserved"}
 
     def _take_version(self, version: int) -> None:
         """What is sent from here on is of that version."""
@@ -368,9 +369,19 @@ class Fleet:
         waits = index >= self._last_ones and self._commits_unasked and self._senders == (0,)
         self._with_blame(lambda: self.half.send(bucket, index, check, waits))
 
-    def put(self, step: Callable[[], None]) -> None:
-        """Begin to write slices of a bucket, now or with the next call. Raises: as `send`."""
-        self._with_blame(lambda: self.half.put(step))
+    def put(self, step: Callable[[], None], later: bool) -> None:
+        """Begin to write slices of a bucket; `later`: with the next call. Raises: as `send`, or, where it goes out
+        ahead of that, as `begin`."""
+
+        def write() -> None:
+            try:
+                self.half.put(step, later)
+            except TransferError:
+                if self._early is not None:
+                    self.begin(self._version)  # who has started again has left the plane, too
+                raise
+
+        self._with_blame(write)
 
     def put_all(self) -> None:
         """What waits for the next call, now. Raises: as `send`."""

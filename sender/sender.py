@@ -279,14 +279,16 @@ class FP8Sender:
         source, plan, lead = self._meet_and_plan("push", make_source, clock, lambda: self._leader.begin_early(version))
         if not self._sending.begins_late:
             self._begin(plan, lead, clock, version)
-        for bucket, gathered in self._gathered(source, plan, clock):
-            with clock.phase("quantize"):
-                packed = lead.run(self._holder.pack, plan, bucket, gathered, on=self._maker_of(plan, bucket))
-            if bucket.index == 0 and self._sending.begins_late:  # servers have heard of the push meanwhile
-                self._begin(plan, lead, clock, version)
-            with clock.phase("send"):
-                lead.run(self._holder.send, packed, bucket.index, on=self._maker_of(plan, bucket))
-        source.release()
+        try:
+            for bucket, gathered in self._gathered(source, plan, clock):
+                with clock.phase("quantize"):
+                    packed = lead.run(self._holder.pack, plan, bucket, gathered, on=self._maker_of(plan, bucket))
+                if bucket.index == 0 and self._sending.begins_late:  # servers have heard of the push meanwhile
+                    self._begin(plan, lead, clock, version)
+                with clock.phase("send"):
+                    lead.run(self._holder.send, packed, bucket.index, on=self._maker_of(plan, bucket))
+        finally:
+            source.release()
         if plan.slices:
             with clock.phase("plan"):
                 lead.run(self._leader.begin, version)

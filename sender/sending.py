@@ -112,12 +112,12 @@ class SendingHalf:
             if self.settles:
                 self._opened.flush()
 
-    def put(self, step: Callable[[], None]) -> None:
-        """`step` begins to write slices of a bucket. On a GPU it is taken with the next call, or with `put_all`."""
+    def put(self, step: Callable[[], None], later: bool) -> None:
+        """`step` begins to write slices of a bucket; `later`: with the next call, or with `put_all`."""
         self._puts.append(step)
-        while len(self._puts) > (self._gpu is not None):
+        while len(self._puts) > later:
             self._puts.popleft()()
-        self._writes = self._gpu is not None
+        self._writes = later
 
     def put_all(self) -> None:
         while self._puts:

@@ -40,7 +40,7 @@ class WayOut(Protocol):
     @property
     def checks_first(self) -> bool: ...
 
-    def put(self, step: Callable[[], None]) -> None: ...
+    def put(self, step: Callable[[], None], later: bool) -> None: ...
 
     def put_all(self) -> None: ...
 
@@ -50,7 +50,6 @@ class Made(NamedTuple):
 
     bucket: Bucket
     sources: tuple[tuple[_Part, Tensor], ...]
-    check: Callable[[], None] | None
     ready: torch.cuda.Event | None
 
 
@@ -84,13 +83,14 @@ class SliceHolder:
             sources.append((tables.rows[bucket.index], gathered.rows.chunks))
         if bucket.index in tables.packed:
             sources.append((tables.packed[bucket.index], packer.pack(bucket, gathered.weights)))
-        check = packer.begin_check() if self._way_out.checks_first and sources else None
-        return Made(bucket, tuple(sources), check, _now(tables.device))
+        return Made(bucket, tuple(sources), _now(tables.device))
 
     def send(self, made: Made, index: int) -> None:
         """Begin to write it; on a GPU with the next call, so that the device has something to do meanwhile."""
         digests = self._begin_digests(made, self._half.version)
-        self._way_out.put(lambda: self._put(made, digests))
+        packer = self._packer
+        check = packer.begin_check() if packer is not None and self._way_out.checks_first and made.sources else None
+        self._way_out.put(lambda: self._put(made, digests, check), made.ready is not None)
 
     def check_finite(self) -> None:
         """Raises: NonFiniteWeightError: what this rank has written had inf or NaN."""
@@ -98,9 +98,9 @@ class SliceHolder:
         if self._packer is not None:
             self._packer.check_finite()
 
-    def _put(self, made: Made, digests: Callable[[], Sequence[int]]) -> None:
-        if made.check is not None:
-            made.check()
+    def _put(self, made: Made, digests: Callable[[], Sequence[int]], check: Callable[[], None] | None) -> None:
+        if check is not None:
+            check()
         tables = self._opened
         total = [sum(part.num_bytes[rank] for part, _ in made.sources) for rank in range(tables.num_ranks)]
         _plane_of(self._half).put(total, lambda: tables.write(made), digests)
@@ -120,7 +120,8 @@ class SliceHolder:
         """Raises: TransferError: servers did not say where everything goes."""
         if self._made_for is not plan or self._tables is None or self._packer is None:
             self.forget()
-            targets = _plane_of(self._half).targets([bucket.num_bytes for bucket in plan.layout.buckets], _TOLD_S)
+            sizes = [bucket.num_bytes for bucket in plan.layout.buckets]
+            targets = _plane_of(self._half).targets(sizes, device, _TOLD_S)
             self._tables = _Tables(plan, targets, self._rank, device)
             mine = [bucket for bucket in plan.layout.buckets if bucket.index in self._tables.packed]
             self._packer = Packer(plan.layout, self._config, device, plan.early, mine, whole=False)

@@ -31,6 +31,10 @@ def test_both_ranks_equal_a_checkpoint_load(tmp_path: Path) -> None:
             sender.push(make_model(4, **CHANGES))
             assert sender.push(model).num_buckets > 3
         _go_on_across_a_commit(pushed, 3)
+        slices = FP8Sender([pushed.url], bucket_bytes=256 << 10, plane="same_host", send_from="holders")
+        with slices as sender:  # each rank is written its own
+            for weights in (make_model(4, **CHANGES), model):
+                assert sender.push(weights).staging == {pushed.url: "reserved"}
         bytes_of_ranks, replies = pushed.probe(), pushed.generate(PROMPTS)
     loaded_args = ["--model-path", str(tmp_path / "checkpoint"), *ARGS]
     with LocalServer(loaded_args, tmp_path / "loaded.log", env={**ENV, "FP8SYNC_PROBE": "1"}) as loaded:

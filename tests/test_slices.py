@@ -1,6 +1,6 @@
 """Every trainer rank writes what it holds itself, straight to where servers keep it: the same bytes, however they are
-cut, and what becomes of a push that ends on the way. Over shared memory; on GPUs `benchmarks.layouts --send-from holders`
-compares every byte.
+cut, and what becomes of a push that ends on the way. Over shared memory; on GPUs `benchmarks.layouts --send-from
+holders` compares every byte.
 """
 
 from __future__ import annotations
@@ -123,6 +123,7 @@ def push_to_what_is_no_longer_there(rank: int) -> list[Any]:
         for seed in range(5):
             model = make_sharded(2, seed=seed)
             if server is not None and seed == 1:
+                server.receiver._sessions.close()  # it leaves the data plane, as one that died
                 server.receiver = Receiver(server.model, server.engine, SingleRank(), "started again")
                 server.control._handle = server.receiver.handle
             if server is not None and seed == 3:
@@ -288,6 +289,15 @@ def test_nobody_else_begins_while_parameters_may_still_be_written() -> None:
         sender.push(Trainer())
 
 
+def test_memory_that_is_written_before_a_push_begins_is_not_given_to_others() -> None:
+    server = server_of(0)
+    assert server is not None and server.engine.memory.reserved is not None
+    with make_sender(server, **HOLDERS) as sender:
+        sender.prepare(Trainer())
+        assert server.receiver._session is not None
+        assert server.receiver._session.writes_from == server.engine.memory.reserved.data_ptr()
+
+
 # ---- what cannot be
 
 
@@ -316,6 +326,16 @@ def test_push_async_is_refused() -> None:
 def test_a_server_says_why_it_cannot(staging: str, text: str) -> None:
     with make_sender(Server(), staging=staging, **HOLDERS) as sender, pytest.raises(errors.PlanError, match=text):
         sender.push(Trainer())
+
+
+def test_weights_elsewhere_than_the_memory_are_refused() -> None:
+    """A kernel, or a copy of this process, would end it."""
+    from shared.planes.same_host import SameHostSender
+
+    plane = SameHostSender("127.0.0.1", 5.0, gpu=0)
+    with pytest.raises(TransferError, match="its weights are on cuda:1, and this plane writes from GPU 0"):
+        plane.targets([128], torch.device("cuda", 1), 1.0)
+    plane.close()
 
 
 # ---- the map

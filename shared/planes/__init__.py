@@ -47,11 +47,11 @@ class HasRoom(Protocol):
 class PutsSlices(Protocol):
     """A send half that writes parts of buckets where each receiver has told that they go."""
 
-    def targets(self, bucket_bytes: Sequence[int], timeout_s: float) -> list[list[Numbers]]:
+    def targets(self, bucket_bytes: Sequence[int], device: torch.device, timeout_s: float) -> list[list[Numbers]]:
         """For each receiver, for each bucket of so many bytes: rectangles (`shared.rectangles`) from places in it to
-        addresses that this process can write to, until the plane is closed.
+        addresses that `device` can write to, until the plane is closed.
 
-        Raises: TransferError: it has not told in time, or what it told is wrong.
+        Raises: TransferError: it has not told in time, what it told is wrong, or `device` does not reach its memory.
         """
 
     def put(

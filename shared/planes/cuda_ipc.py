@@ -78,13 +78,15 @@ def _uuid(gpu: int) -> bytes:
     return str(torch.cuda.get_device_properties(gpu).uuid).encode()
 
 
-def where(memory: torch.Tensor) -> bytes:
-    """How to open `memory` (on a GPU). Returns when nothing that was asked of that GPU before is under way any more.
+def where(memory: torch.Tensor, settled: bool = False) -> bytes:
+    """How to open `memory` (on a GPU). Returns when nothing that was asked of that GPU before is under way any more,
+    unless that is `settled`.
 
     Raises: TransferError: it cannot be exported.
     """
     gpu = memory.device.index
-    torch.cuda.synchronize(gpu)  # who had this memory before may have left work behind
+    if not settled:
+        torch.cuda.synchronize(gpu)  # who had this memory before may have left work behind
     handle, base, size = _Handle(), ctypes.c_uint64(), ctypes.c_size_t()
     with torch.cuda.device(gpu):
         wrong = _said(_runtime().cudaSetDevice(gpu))  # the driver, unlike the runtime, needs it set on this thread

@@ -100,13 +100,14 @@ class SameHostSender:
         self.changed = threading.Condition()  # of what its ranks and their threads say to each other, and its lock
         self._ranks: list[_Rank] = []
         self._under_way: deque[_Copy] = deque()
-        self._num_sent, self._closed = 0, False
+        self._num_sent, self._closed, self._key = 0, False, ""
         self._lent: set[int] = set()  # buckets, by number, that kernels may yet be asked to make in memory of a GPU
 
     def join(self, rendezvous: Rendezvous) -> None:
         """Raises: TransferError: not every server rank joined within `rendezvous.timeout_s`, or one is elsewhere."""
         deadline = time.monotonic() + rendezvous.timeout_s
         self.links.join(rendezvous)
+        self._key = rendezvous.key
         ranks = [_Rank(self, number) for number in range(rendezvous.world_size - 1)]
         for rank in ranks:
             rank.meet(deadline)
@@ -160,7 +161,9 @@ class SameHostSender:
             # Memory that is not of a GPU is used again by whoever sends.
             self._wait_for_copies(_MOST_UNDER_WAY - 1 if bucket.is_cuda else 0, deadline)
 
-    def targets(self, bucket_bytes: Sequence[int], timeout_s: float) -> list[list[Numbers]]:
+    def targets(self, bucket_bytes: Sequence[int], device: torch.device, timeout_s: float) -> list[list[Numbers]]:
+        if device.type == "cuda" and device.index != self.gpu:
+            raise TransferError(f"its weights are on {device}, and this plane writes from GPU {self.gpu}")
         deadline = time.monotonic() + timeout_s
         with self.changed:
             while silent := tuple(rank.number for rank in self._ranks if rank.map is None):
@@ -169,7 +172,7 @@ class SameHostSender:
                     raise TransferError(f"server rank(s) {list(silent)} did not say what goes where", silent)
                 self.changed.wait(_LOOK_S)
             self._check()
-            return [rank.targets(bucket_bytes) for rank in self._ranks]
+            return [rank.targets(bucket_bytes, device) for rank in self._ranks]
 
     def put(
         self, num_bytes: Sequence[int], write: Callable[[], Callable[[], bool]], digests: Callable[[], Sequence[int]]
@@ -182,7 +185,7 @@ class SameHostSender:
 
             def tell(until: float) -> None:
                 for rank, size, digest in zip(self._ranks, num_bytes, digests(), strict=True):
-                    header = self.links.signer.header(number, size, digest)
+                    header = self.links.signer.header(number, size, digest, _link(self._key, rank.number))
                     self._tell_one(rank.number, messages.HEADER + header, until)
 
             self._under_way.append(_Copy(number, write, [ended], tell))
@@ -268,6 +271,7 @@ class _Rank:
         self.places: deque[Said] = deque()  # for the next buckets; with the lock of the plane, like `gone`
         self.gone: str | None = None
         self.map: bytes | None = None  # where everything goes, once it has said so
+        self._targets: list[Numbers] | None = None
         self._mapped: dict[bytes, _Mapping] = {}
         self._num_places = self._num_let_go = 0
         self._is_stuck = False
@@ -306,10 +310,19 @@ class _Rank:
     def write(self, bucket: torch.Tensor, place: Said) -> Callable[[], bool]:
         return self._mapped[place.memory].write(bucket, place.offset)
 
-    def targets(self, bucket_bytes: Sequence[int]) -> list[Numbers]:
+    def targets(self, bucket_bytes: Sequence[int], device: torch.device) -> list[Numbers]:
         """Of this rank, as those of `SameHostSender`; with the lock of the plane."""
+        if self._targets is None:
+            self._targets = self._read_map(bucket_bytes, device)
+        return self._targets
+
+    def _read_map(self, bucket_bytes: Sequence[int], device: torch.device) -> list[Numbers]:
         found = SliceMap.read(self.map or b"", bucket_bytes)
         for number, memory in enumerate(found.memories):
+            if (memory.kind == messages.ON_GPU) != (device.type == "cuda"):
+                where = "on a GPU" if memory.kind == messages.ON_GPU else "on a CPU"
+                text = f"its memory is {where}, weights of this trainer rank are on {device}: use send_from='rank_0'"
+                raise TransferError(f"server rank {self.number}: {text}", (self.number,))
             name = b"%d" % number
             self._mapped[name] = self._open(memory.kind, memory.where)
             if self._mapped[name].num_bytes != memory.num_bytes:
@@ -350,7 +363,9 @@ class _Rank:
                     raise TransferError("it wants memory back in which buckets have their places")
             self._let_go(time.monotonic() + _END_S)
             return
-        if said.what == messages.MAP and self.map is None and said.num_bytes <= MOST_BYTES:
+        if said.what == messages.MAP:
+            if self.map is not None or said.num_bytes > MOST_BYTES:
+                raise TransferError(f"it has said where everything goes already, or in {said.num_bytes} bytes")
             deadline = time.monotonic() + _END_S
             data = self._links.hear(self.number, said.num_bytes + TAG_BYTES, deadline)
             with self._plane.changed:
@@ -406,7 +421,7 @@ class SameHostReceiver:
 
     def __init__(self, rendezvous: Rendezvous, rank: int) -> None:
         deadline = time.monotonic() + rendezvous.timeout_s
-        self._link, self._rank = Link(rendezvous, rank), rank
+        self._link, self._rank, self._key = Link(rendezvous, rank), rank, rendezvous.key
         self._exported: dict[int, _Exported] = {}  # by address
         self._told: dict[bytes, deque[bytes]] = {
             what: deque() for what in (messages.HEADER, messages.WRITTEN, messages.LET_GO)
@@ -439,7 +454,7 @@ class SameHostReceiver:
 
     def land(self, memories: Sequence[torch.Tensor], slices: Sequence[Numbers], timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s
-        found = [self._export(memory, deadline) for memory in memories]
+        found = [self._export(memory, deadline, settled=number > 0) for number, memory in enumerate(memories)]
         told = tuple(Memory(each.kind, each.memory.numel(), each.where) for each in found)
         body = SliceMap(told, tuple(slices)).packed()
         self._say(Said(messages.MAP, num_bytes=len(body)), deadline)
@@ -449,7 +464,7 @@ class SameHostReceiver:
     def written(self, timeout_s: float) -> tuple[int, int]:
         number, self._num_received = self._num_received, self._num_received + 1
         header = self._hear(messages.HEADER, time.monotonic() + timeout_s)
-        return self._link.signer.read_header(header, number)
+        return self._link.signer.read_header(header, number, _link(self._key, self._rank))
 
     def arrive(self, timeout_s: float) -> None:
         self._hear_number(messages.WRITTEN, self._num_written, time.monotonic() + timeout_s)
@@ -491,15 +506,18 @@ class SameHostReceiver:
         self._say(Said(messages.MEET, memory=messages.this_host(), kind=found.kind, where=found.where), deadline)
         self._hear_let_go(deadline)
 
-    def _export(self, bucket: torch.Tensor, deadline: float) -> _Exported:
-        """The memory in which `bucket` lies. Raises: TransferError: it cannot be exported; the sender is told."""
+    def _export(self, bucket: torch.Tensor, deadline: float, settled: bool = False) -> _Exported:
+        """The memory in which `bucket` lies. `settled`: as of `cuda_ipc.where`.
+
+        Raises: TransferError: it cannot be exported; the sender is told.
+        """
         address = bucket.untyped_storage().data_ptr()
         if address in self._exported:
             return self._exported[address]
         memory = bucket.new_empty(0).set_(bucket.untyped_storage())
         try:
             kind = messages.ON_GPU if memory.is_cuda else messages.ON_CPU
-            where = cuda_ipc.where(memory) if memory.is_cuda else shared_memory.where(memory)
+            where = cuda_ipc.where(memory, settled) if memory.is_cuda else shared_memory.where(memory)
         except TransferError as error:
             self._say(Said(messages.CANNOT, where=str(error).encode()), deadline)
             raise
@@ -526,3 +544,8 @@ class SameHostReceiver:
                 raise TransferError("the sender told something that is no message of this plane")
             self._told[kind].append(told[messages.WHAT_BYTES :])
         return self._told[what].popleft()
+
+
+def _link(key: str, rank: int) -> bytes:
+    """What tells headers of one sender to one rank from all others of a session."""
+    return f"{key}/{rank}".encode()

@@ -47,29 +47,34 @@ class Signer:
     def signs(self, tag: bytes, use: str, *parts: bytes) -> bool:
         return hmac.compare_digest(tag, self.tag(use, *parts))
 
-    def header(self, number: int, num_bytes: int, digest: int) -> bytes:
+    def header(self, number: int, num_bytes: int, digest: int, link: bytes = b"") -> bytes:
         """`HEADER_BYTES` that announce bucket `number` of this session (from 0): its size, and its digest, masked.
+        `link`: where other headers of that number go to others, with other digests.
 
         A digest that anybody could read beside its bytes would tell him of the multipliers that it was made with.
         """
-        body = _HEADER.pack(number, num_bytes, digest ^ self._mask(number))
-        return body + self.tag("bucket", body)
+        body = _HEADER.pack(number, num_bytes, digest ^ self._mask(number, link))
+        return body + self.tag("bucket", body, *_given(link))
 
-    def _mask(self, number: int) -> int:
-        return int.from_bytes(self.tag("mask", number.to_bytes(8, "little"))[:8], "little")
+    def _mask(self, number: int, link: bytes) -> int:
+        return int.from_bytes(self.tag("mask", number.to_bytes(8, "little"), *_given(link))[:8], "little")
 
-    def read_header(self, header: bytes, number: int) -> tuple[int, int]:
+    def read_header(self, header: bytes, number: int, link: bytes = b"") -> tuple[int, int]:
         """The size in bytes and the digest that `header` announces for bucket `number`.
 
         Raises: TransferError: not signed by the sender of this session, or another bucket.
         """
         body, tag = header[: _HEADER.size], header[_HEADER.size :]
-        if len(header) != HEADER_BYTES or not self.signs(tag, "bucket", body):
+        if len(header) != HEADER_BYTES or not self.signs(tag, "bucket", body, *_given(link)):
             raise TransferError("a bucket was announced without the signature of this session's sender")
         announced, num_bytes, masked = _HEADER.unpack(body)
         if announced != number:
             raise TransferError(f"bucket {announced} of the session was announced, expected bucket {number}")
-        return num_bytes, masked ^ self._mask(number)
+        return num_bytes, masked ^ self._mask(number, link)
+
+
+def _given(link: bytes) -> tuple[bytes, ...]:
+    return (link,) if link else ()
 
 
 class SignedStore(dist.Store):
