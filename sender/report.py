@@ -22,7 +22,8 @@ class PushReport(BaseModel):
     `num_quantized_early` were quantized before the gather, by the ranks that hold them, and came to rank 0 as
     `early_bytes` of codes and scales. `skew_s` is the time between the first and the last server that confirmed the
     commit, as rank 0 saw it; 0 with one server. `servers` serve the version; `left_out` are those that a push with a
-    quorum went on without, and why. `senders`: the trainer ranks that sent, and `sent_bytes` of each, to one receiver.
+    quorum went on without, and why. `senders`: the trainer ranks that sent, and `sent_bytes` of each, to one receiver
+    (with `holders` to all ranks of a server together, without what lies between tensors in a bucket).
     Unless it was settled that rank 0 sends, `busiest_link` of the push, by arithmetic, and of one from rank 0 alone
     (`sender/links_plan.py`). `staging`: how each server staged. `stood_still_s`: for how long each let no new
     request run, the wait for those under way included, as rank 0 saw it (so never less than it was).

@@ -163,9 +163,8 @@ class SendingRanks:
         if why := links.obstacles(senders):
             raise ConfigError(f"send_from={self.wanted!r}: {why}")
         if self.slices:
-            late = plan.layout.num_bytes - sum(links.held)
-            written = {rank: held + late // len(senders) for rank, held in enumerate(links.held)}
-            self.sent_by = SentBy(written, None, None)
+            sharded = replace(plan, senders=senders).sharded(source.sharding, source.cuts, 0, self._ranks.size)
+            self.sent_by = SentBy(_written(sharded, links.held), None, None)
         else:
             self.sent_by = SentBy(links.sent_bytes(senders), links.busiest(senders), links.busiest((0,)))
         logger.info(
@@ -287,6 +286,16 @@ def _ranks_of(send_from: SendFrom, num_ranks: int) -> Literal["auto"] | tuple[in
     if send_from == "holders":
         return tuple(range(num_ranks))
     return (0,) if send_from == "rank_0" else send_from
+
+
+def _written(plan: PushPlan, held: Sequence[int]) -> dict[int, int]:
+    """What each rank writes where all write what they hold, and one of them what was gathered whole."""
+    found = dict(enumerate(held))
+    for bucket in plan.layout.buckets:
+        late = [entry for entry in bucket.entries if entry.tensor.name not in plan.early]
+        slots = [slot for entry in late for slot in (entry.values, entry.scale) if slot is not None]
+        found[plan.sender_of(bucket)] += sum(slot.num_bytes for slot in slots)
+    return found
 
 
 def _others(plan: PushPlan) -> list[int]:

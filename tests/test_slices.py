@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from receiver_plugin.probe import fingerprint
 from receiver_plugin.ranks import SingleRank
@@ -68,7 +70,34 @@ def test_the_bytes_are_those_of_a_checkpoint(size: int) -> None:
         assert [same for same, _ in of_rank] == [True] * 4 and of_rank == found[0]
         for number, (_, report) in enumerate(of_rank):
             assert report["version"] == number + 1 and report["staging"] == {"server": "reserved"}
-            assert report["senders"] == tuple(range(size))
+            assert report["senders"] == tuple(range(size)) == tuple(report["sent_bytes"])
+            sent = sum(report["sent_bytes"].values())  # buckets have a little between their tensors
+            assert report["wire_bytes"] - 128 * 2 * report["num_tensors"] < sent <= report["wire_bytes"]
+
+
+def push_and_count(rank: int) -> tuple[dict[int, int], dict[int, int]]:
+    """What the report says that each rank wrote, and what it did."""
+    server, written = server_of(rank), list[int]()
+    with make_sender(server, **HOLDERS) as sender:
+        model = Trainer(1)
+        for layer in range(2):
+            fully_shard(model.get_submodule(f"model.layers.{layer}"), mesh=init_device_mesh("cpu", (2,)))
+        sender.prepare(model)  # the embedding is gathered whole
+        plane: Any = sender._fleet.half.plane
+        put = plane.put
+
+        def counted(sizes: Any, *more: Any) -> None:
+            written.extend(sizes)
+            put(sizes, *more)
+
+        plane.put = counted
+        report = sender.push(model)
+    return report.sent_bytes, {rank: sum(written)}
+
+
+def test_the_report_says_who_wrote_how_much() -> None:
+    (told, first), (same, second) = run_on_ranks(push_and_count, 2)
+    assert told == same == {**first, **second}
 
 
 def push_layouts(rank: int) -> dict[str, bool]:
