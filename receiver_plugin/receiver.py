@@ -12,11 +12,15 @@ or may have, because trainer ranks write there themselves.
 
 `handle` runs on the scheduler's thread, between two batches, on all ranks with the same message; that is what makes
 the collectives of `ranks` safe. Bytes arrive on the thread of the session (`receiver_plugin.session`).
+
+Each push is preceded by a look at the model, which takes milliseconds. Where the scheduler idles it is taken then
+(`idle`), and holds until anything else runs on that thread (`busy`).
 """
 
 from __future__ import annotations
 
 import logging
+import time
 import uuid
 from collections.abc import Callable, Collection
 from typing import Any
@@ -29,7 +33,7 @@ from receiver_plugin.engine_protocol import Engine
 from receiver_plugin.manifest import plan_offer
 from receiver_plugin.probe import fingerprint
 from receiver_plugin.ranks import Ranks, RanksLostError, collect, gather, to_wire
-from receiver_plugin.rooms import Need
+from receiver_plugin.rooms import WAYS, Need, obstacles
 from receiver_plugin.session import Session, Transfer
 from receiver_plugin.sessions import Sessions
 from receiver_plugin.staging import Staging
@@ -52,6 +56,7 @@ from shared.planes.several import open_receivers
 logger = logging.getLogger(__name__)
 
 _LAST_BUCKET_S = 0.01  # from the sender to its place in the staging
+_CALM_S = 0.05  # without a request, until an idle server looks at its model
 
 
 class Receiver:
@@ -80,6 +85,8 @@ class Receiver:
         self._plan: BindingPlan | None = None
         self._sessions = Sessions(ranks, engine.memory, engine.synchronize)
         self._planned_for = ""  # what the session's plan was made for, as `Engine.info` has it
+        self._calm = False  # the model was found to be as it was planned for, and nothing has run since
+        self._looks_at: float | None = None  # when it is time to look; None: that has been done
         self._handlers: dict[type, Callable[[Any], dict[str, Any]]] = {
             wire.Describe: self._describe,
             wire.Offer: self._offer,
@@ -98,6 +105,11 @@ class Receiver:
     @property
     def _session(self) -> Session | None:
         return self._sessions.current
+
+    @property
+    def has_session(self) -> bool:
+        """Whether a sender may push."""
+        return self._session is not None
 
     @property
     def is_receiving(self) -> bool:
@@ -122,6 +134,25 @@ class Receiver:
             return "PROMISED" if transfer.promised else "STAGED" if transfer.verified else "RECEIVING"
         return "FENCED" if self._fence else "SERVING"
 
+    def busy(self) -> None:
+        """To be called after everything that runs on this thread and may change the model, messages included."""
+        self._calm, self._looks_at = False, time.monotonic() + _CALM_S
+
+    def idle(self) -> None:
+        """To be called again and again while nothing does: looks at the model, once, so that the next message need not.
+        What speaks against a push is told by that message, which looks again."""
+        if self._looks_at is None or self._session is None:
+            return
+        if self.is_receiving or time.monotonic() > self._looks_at:
+            self._looks_at = None
+            try:
+                with torch.inference_mode(False), torch.no_grad():
+                    self._check_safe()
+                    self._check_incarnation(self._planned_for)
+            except Exception:  # it would end the server
+                return
+            self._calm = True
+
     def handle(self, message: Any) -> wire.Reply:
         """Answer one control message. Never raises: an error becomes part of the reply."""
         try:
@@ -139,6 +170,8 @@ class Receiver:
         except Exception as error:  # an escaping exception would end the server: SGLang does not catch it
             logger.exception("fp8sync: %s failed", message.kind)
             return self._reply(error=to_wire(PushError(f"{message.kind} failed: {type(error).__name__}: {error}")))
+        finally:
+            self.busy()
 
     def _reply(self, **fields: Any) -> wire.Reply:
         # Nothing may run beside such a push, nor without weights, KV cache or CUDA graphs.
@@ -154,14 +187,20 @@ class Receiver:
         collect(self._ranks, self._check_safe)
         derived = self._engine.derived
         self._manifest, self._plan = plan_offer(self._model, message.tensors, message.config, self._ranks, derived)
-        return {"manifest": self._manifest}
+        need = Need.to_land(self._model, self._plan)
+        found = collect(self._ranks, lambda: list(obstacles(need, self._engine.memory, "auto")))
+        return {"manifest": self._manifest, "lands": tuple(way for way in WAYS if not any(way in had for had in found))}
 
     def _check_safe(self) -> None:
         if reasons := self._engine.unsafe():
             raise IncompatibleServerError("in-place binding would be wrong: " + "; ".join(reasons))
 
     def _open(self, message: wire.Open) -> dict[str, Any]:
-        collect(self._ranks, lambda: self._check_incarnation(message.incarnation))
+        def look() -> None:
+            self._check_incarnation(message.incarnation)
+            self._check_safe()  # to plan has touched the model: what is known of it is found anew, before a push
+
+        collect(self._ranks, look)
         self._fence_if(self._sessions.make_way(message))
         manifest, plan = self._manifest, self._plan
         if manifest is None or plan is None:
@@ -190,7 +229,7 @@ class Receiver:
             raise CommitError(f"its staging is {session.way}, so that its door must be shut first; nothing was touched")
         self._prepare_to_begin(session, message.version, idle=True, look=session.exclusive)
         try:
-            collect(self._ranks, lambda: self._make_room(session))
+            collect(self._ranks, lambda: self._make_room(session, looked=session.exclusive))
         except Fp8SyncError:
             session.give_room_back()
             raise
@@ -211,21 +250,22 @@ class Receiver:
             raise ServerBusyError(f"version {session.transfer.version} is still on its way")
 
         def check() -> None:
-            if look:
-                self._check_safe()
-            self._check_incarnation(self._planned_for)
+            if not self._calm:
+                if look:
+                    self._check_safe()
+                self._check_incarnation(self._planned_for)
             if idle and session.exclusive and not self._engine.flush_cache():
                 raise ServerBusyError("requests are still running; nothing was touched")
 
         collect(self._ranks, check)
 
-    def _make_room(self, session: Session) -> None:
+    def _make_room(self, session: Session, looked: bool) -> None:
         if session.exclusive:
             self._engine.synchronize()  # forward passes that use the memory
         session.make_room()
         if session.exclusive:
             self._engine.synchronize()  # the zeroing of what was lent, before another stream writes there
-        if moved := session.staging.check_addresses():
+        if moved := self._moved(session, looked):
             raise SessionLostError(f"{moved} moved in memory since the plan was made: push again")
 
     def _verify(self, message: wire.Verify) -> dict[str, Any]:
@@ -296,13 +336,11 @@ class Receiver:
             raise CommitError(f"version {transfer.version} is not staged; nothing was touched")
 
     def _ready_to_commit(self, session: Session, in_flight: wire.InFlight, idle: bool) -> None:
-        self._check_safe()
-        self._check_incarnation(self._planned_for)
-        if (makeup := self._engine.makeup) is None or makeup is not session.looked_at:
-            session.looked_at = None
-            if moved := session.staging.check_addresses():
-                raise CommitError(f"{moved} moved in memory since the push began; nothing was touched")
-            session.looked_at = makeup  # as long as that holds, nothing has moved
+        if not self._calm:
+            self._check_safe()
+            self._check_incarnation(self._planned_for)
+        if moved := self._moved(session, looked=True):
+            raise CommitError(f"{moved} moved in memory since the push began; nothing was touched")
         if in_flight == "keep":
             if session.exclusive:
                 raise CommitError(f"its staging is {session.way}, beside which no request can go on")
@@ -370,6 +408,19 @@ class Receiver:
         self._fence = reason
         if self._session is not None:
             self._session.end_transfer(reason)  # of this rank alone: its others may be gone
+
+    def _moved(self, session: Session, looked: bool) -> str | None:
+        """A parameter that lies elsewhere than when the plan was made. `looked`: at what the model is made of, with
+        this message; as long as that is what it was when nothing had moved, nothing has."""
+        if not looked and not self._calm:
+            return session.staging.check_addresses()
+        makeup = self._engine.makeup
+        if makeup is None or makeup is not session.looked_at:
+            session.looked_at = None
+            if moved := session.staging.check_addresses():
+                return moved
+            session.looked_at = makeup
+        return None
 
     def _check_incarnation(self, incarnation: str) -> None:
         if incarnation != self._engine.info(self._incarnation).incarnation:

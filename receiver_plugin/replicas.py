@@ -60,6 +60,7 @@ def merge(message: Any, replies: Sequence[wire.Reply]) -> wire.Reply:
             "info": _info(infos) if infos else None,
             "manifest": first.manifest,
             "plan_hash": first.plan_hash,
+            "lands": tuple(way for way in first.lands if all(way in reply.lands for reply in replies)),
             "staging": max((reply.staging for reply in replies if reply.staging), key=WAYS.index, default=None),
             "probe": tuple(probes) if probes else None,
         }

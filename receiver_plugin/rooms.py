@@ -82,13 +82,16 @@ class Need:
         num_senders: int = 1,
         lands: bool = False,
     ) -> Need:
-        parameters = destinations(model)
-        touched = dict.fromkeys([*(c.parameter for c in plan.copies), *(f.parameter for f in plan.fills)])
-        device = next(iter(parameters.values())).device
+        sizes, device = _touched(model, plan)
         num = 1 if lands else _buckets_at_once(device, layout, num_senders)
-        sizes = {name: parameters[name].nbytes for name in touched}
         sizes_of_buckets = layout.window_bytes(num), device, exported, num, layout.num_bytes, len(layout.buckets)
         return cls(sizes, *sizes_of_buckets, lands=lands)
+
+    @classmethod
+    def to_land(cls, model: nn.Module, plan: BindingPlan) -> Need:
+        """Of trainer ranks that write it themselves, whatever the buckets."""
+        sizes, device = _touched(model, plan)
+        return cls(sizes, 0, device, exported=True, lands=True)
 
     @property
     def image_bytes(self) -> int:
@@ -106,6 +109,13 @@ class Need:
     def is_whole_in(self, reserved: torch.Tensor) -> bool:
         """Whether `reserved` can keep all buckets."""
         return self.whole_bytes <= reserved.numel() and self.can_lie_in(reserved)
+
+
+def _touched(model: nn.Module, plan: BindingPlan) -> tuple[dict[str, int], torch.device]:
+    """Bytes of each parameter that a push changes, and where they are."""
+    parameters = destinations(model)
+    touched = dict.fromkeys([*(c.parameter for c in plan.copies), *(f.parameter for f in plan.fills)])
+    return {name: parameters[name].nbytes for name in touched}, next(iter(parameters.values())).device
 
 
 @dataclass

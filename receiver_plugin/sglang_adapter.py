@@ -141,13 +141,18 @@ def _enter_queue(original: Any, scheduler: Any, request: Any, *args: Any, **kwar
         _requests.end(request)
 
 
-def _give_way(result: Any, scheduler: Any, requests: list[Any]) -> None:
-    """A scheduler that is idle or paused spins, and Python runs one thread: what receives would wait 5 ms before each
-    of its steps.
+def _after_turn(result: Any, scheduler: Any, requests: list[Any]) -> None:
+    """In every turn of the event loop, after what has come. A scheduler that is idle or paused spins, and Python runs
+    one thread: what receives would wait 5 ms before each of its steps.
     """
-    if _receiver is None or not _receiver.is_receiving or requests:
+    if _receiver is None:
         return
-    if scheduler._engine_paused or scheduler.is_fully_idle():
+    idle = not requests and _receiver.has_session and scheduler.is_fully_idle()
+    if idle:
+        _receiver.idle()
+    else:
+        _receiver.busy()
+    if _receiver.is_receiving and not requests and (idle or scheduler._engine_paused):
         time.sleep(_GIVE_WAY_S)
 
 
@@ -193,7 +198,7 @@ _HOOKS: tuple[tuple[str, Any, HookType], ...] = (
     (_RUNNER, reserve_staging, HookType.AROUND),
     (_SCHEDULER, _attach_receiver, HookType.AFTER),
     (_QUEUE, _enter_queue, HookType.AROUND),
-    (_LOOP, _give_way, HookType.AFTER),
+    (_LOOP, _after_turn, HookType.AFTER),
     (_HTTP, run_with_control, HookType.AROUND),
     (f"{_MANAGER}.generate_request", generate, HookType.AROUND),
     (f"{_MANAGER}._send_one_request", send, HookType.AROUND),

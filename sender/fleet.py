@@ -69,7 +69,7 @@ def _last_ones(sizes: Sequence[int]) -> int:
 class Fleet:
     """The servers, the data plane to them, and the push under way.
 
-    `gpu`: from which the plane `nccl` sends. `slices`: trainer ranks write what they hold of every bucket.
+    `gpu`: from which the plane `nccl` sends.
     `make_memory_plane` is a test's way to put faults on the in-memory plane.
     """
 
@@ -85,18 +85,19 @@ class Fleet:
         staging: wire.StagingChoice = "auto",
         quorum: int | None = None,
         gpu: int | None = None,
-        slices: bool = False,
         make_memory_plane: Callable[[wire.Rendezvous], SendHalf] = MemoryPlane,
     ) -> None:
         self._servers = Servers(servers, timeout_s, quorum)
         self._config, self._plane_name, self._timeout_s = config, plane, timeout_s
         self._in_flight, self._strict, self._wanted = in_flight, strict, staging
-        self._make_memory_plane, self._gpu, self._slices = make_memory_plane, gpu, slices
+        self._make_memory_plane, self._gpu = make_memory_plane, gpu
         self.half = SendingHalf(plane, timeout_s, gpu, lambda meeting: self._make_memory_plane(meeting))  # of this rank
         self._name = f"{socket.gethostname()}-{secrets.token_hex(4)}"
         self._incarnations: dict[str, str] = {}
         self._session = ""
         self._senders: tuple[int, ...] = (0,)
+        self._slices = False  # whether trainer ranks write what they hold of every bucket
+        self._lands: list[tuple[wire.StagingWay, ...]] = []  # how they could, for each server
         self._doors = Doors(self._servers, timeout_s, in_flight)
         self.staging: dict[str, wire.StagingWay] = {}  # of each server, since the session was opened
         self._in_session: frozenset[str] = frozenset()  # the servers of the session
@@ -228,9 +229,17 @@ class Fleet:
         if len(manifests) != len(self._servers):
             raise PushError("a server answered an offer without a manifest")
         agree(offered, manifests, self._config)
+        self._lands = [reply.lands for reply in replies.values()]
         plan = PushPlan(offered, make_layout(next(iter(manifests.values())), bucket_bytes))
         self._last_ones = _last_ones([bucket.num_bytes for bucket in plan.layout.buckets])
         return plan
+
+    @property
+    def takes_slices(self) -> bool:
+        """Whether trainer ranks may write what they hold to all servers, which are no less safe for it: each stages
+        where it was told to, or in reserved memory."""
+        way = "reserved" if self._wanted == "auto" else self._wanted
+        return all(way in ways for ways in self._lands)
 
     def draw_session(self) -> str:
         """The secret of a session that is to be opened."""
@@ -250,7 +259,7 @@ class Fleet:
         meetings = dict(others or {})
         if 0 in plan.senders:
             meetings[0] = self.half.listen(self.local_hosts(), self.num_ranks, self.half.secret)
-        self._senders = plan.senders
+        self._senders, self._slices = plan.senders, plan.slices
         self._blame.owners = [name for name, num in zip(self.names, self.num_ranks, strict=True) for _ in range(num)]
         replies = self._servers.each_its_own(
             [
@@ -261,7 +270,7 @@ class Fleet:
                     plan_hash=plan.layout.plan_hash,
                     bucket_bytes=plan.layout.bucket_bytes,
                     staging=self._wanted,
-                    slices=self._slices,
+                    slices=plan.slices,
                     rendezvous=tuple(meetings[rank][number] for rank in plan.senders),
                 )
                 for number, name in enumerate(self.names)

@@ -49,7 +49,7 @@ class Gathering:
     def gather(self, bucket: Bucket) -> Gathered:
         """Collective. Valid on the rank that sends it, until the next bucket."""
         rows = self._rows.gather(bucket.index, self._source.sharding) if self._rows is not None else None
-        late = [name for name in bucket.names if name not in self._plan.early]
+        late = self._plan.late[bucket.index]
         return Gathered(self._source.gather(late, self._plan.sender_of(bucket), self._plan.senders), late, rows)
 
 

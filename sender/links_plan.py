@@ -7,6 +7,7 @@ come to the senders, and those that go out to the ranks of all servers:
     nccl, gloo          from rank to rank: each passes on what it gets. It enters a host once, by another rank for
                         every sender
     tcp, same_host      from the sender to every rank
+    holders             from every rank what it holds, to each server's ranks, as if these took equal parts
 
 Rates are nominal (benchmarks/scale_links.py): the choice depends on how they compare, not on what they are.
 """
@@ -41,8 +42,8 @@ class BusiestLink(BaseModel):
 class Links:
     """`trainers`, `servers`: where each rank is. `held`: bytes of the push that each trainer rank has for the senders.
 
-    `buckets`: bytes of each, in the order in which they are sent. `on_one_host`: rank 0 knows a server by an address
-    that ranks of other hosts do not.
+    `buckets`: bytes of each, in the order in which they are sent. `num_ranks`: of each server. `on_one_host`: rank 0
+    knows a server by an address that ranks of other hosts do not.
     """
 
     plane: PlaneName
@@ -50,6 +51,7 @@ class Links:
     servers: Sequence[Place]
     held: Sequence[int]
     buckets: Sequence[int]
+    num_ranks: Sequence[int] = ()
     on_one_host: bool = False
 
     def choose(self) -> tuple[int, ...]:
@@ -99,6 +101,29 @@ class Links:
                 for server in self._servers:
                     traffic.move(trainers[rank], server, num_bytes)
         return traffic.busiest()
+
+    @property
+    def holders_are_quicker(self) -> bool:
+        """Whether all ranks should write what they hold, in place of those that `choose` gives: between GPUs, where
+        that is fewer bytes on the busiest link. On CPUs small pieces cost more than they save."""
+        everybody = range(len(self.trainers))
+        if self.plane != "same_host" or not all(place.gpu for place in (*self.trainers, *self.servers)):
+            return False
+        return not self.obstacles(everybody) and self.of_holders().seconds < self.busiest(self.choose()).seconds
+
+    def of_holders(self) -> BusiestLink:
+        """The busiest link where every rank writes what it holds, and all of them what is gathered whole."""
+        traffic, left = _Traffic(), sum(self.buckets) - sum(self.held)
+        for rank, place in enumerate(self.trainers):
+            num_bytes = self.held[rank] + left // len(self.trainers)
+            for server, num_ranks in zip(self._servers, self._sizes, strict=True):
+                traffic.move(_Node(f"trainer rank {rank}", place), server, num_bytes // num_ranks)
+        return traffic.busiest()
+
+    @property
+    def _sizes(self) -> list[int]:
+        """Of every server rank, the number of ranks of its server."""
+        return [num for num in self.num_ranks for _ in range(num)]
 
     @cached_property
     def _servers(self) -> list[_Node]:

@@ -50,10 +50,15 @@ class PushPlan:
             return self
         return replace(self, rows=plan_rows(self.layout, sharding, cuts, rank, num_ranks, self.senders, self.slices))
 
-    @property
+    @cached_property
     def early(self) -> frozenset[str]:
         """The tensors of which every rank quantizes, or copies, its rows before the gather."""
         return self.rows.names if self.rows is not None else frozenset()
+
+    @cached_property
+    def late(self) -> tuple[tuple[str, ...], ...]:
+        """For each bucket its other tensors, which are gathered whole."""
+        return tuple(tuple(name for name in bucket.names if name not in self.early) for bucket in self.layout.buckets)
 
     @cached_property
     def num_quantized_early(self) -> int:
@@ -72,8 +77,8 @@ class PushPlan:
         return _MANIFEST.dump_json(self.layout.tensors).decode()
 
     @classmethod
-    def from_json(cls, text: str, offered: tuple[TensorSpec, ...], bucket_bytes: int, slices: bool = False) -> PushPlan:
-        return cls(offered, make_layout(_MANIFEST.validate_json(text), bucket_bytes), slices=slices)
+    def from_json(cls, text: str, offered: tuple[TensorSpec, ...], bucket_bytes: int) -> PushPlan:
+        return cls(offered, make_layout(_MANIFEST.validate_json(text), bucket_bytes))
 
 
 def agree(

@@ -40,7 +40,7 @@ from sender.plan import PushPlan, QuantizeWhen
 from sender.ranks import Lead, TrainerRanks, TryAgain
 from sender.report import PhaseClock, PushReport
 from sender.sending_ranks import SendFrom, SendingRanks
-from sender.slices import SliceHolder
+from sender.slices import Holders, SliceHolder
 from sender.snapshot import Keeper
 from sender.source import Shard, ShardSource, WeightSource
 from sender.sources import Sources
@@ -83,10 +83,11 @@ class FP8Sender:
             `gloo`, a tree of copies; `same_host`, where rank 0 and all servers are on one host: rank 0 writes straight
             into memory of the servers; `memory` for tests.
         send_from: which trainer ranks send, in turn a bucket each, over planes of their own: `rank_0`; a tuple of them,
-            `(1,)` or `(0, 1, 2, 3)`; or `auto`: of rank 0, any other rank, up to eight of its host or of all, those
-            with the fewest bytes on the busiest link. `holders`, over `same_host`: every rank writes the rows that it
-            holds straight to where each server rank keeps its slices of them; nothing is gathered. Bytes are the same
-            whoever sends. It has to be the same on every rank, and so have `servers`. Not with `push_async`,
+            `(1,)` or `(0, 1, 2, 3)`. `holders`, over `same_host`: every rank writes the rows that it holds straight to
+            where each server rank keeps its slices of them; nothing is gathered. `auto`: of rank 0, any other rank, up
+            to eight of its host or of all, and holders, those with the fewest bytes on the busiest link; holders only
+            between GPUs, to servers that stage in reserved memory, or as `staging` names. Bytes are the same whoever
+            sends. It has to be the same on every rank, and so have `servers`. Not with `push_async`,
             `keep_snapshot` and `quorum`, nor over `memory`.
         ca_file: certificates (PEM) that `https` servers are checked against, in place of the system's.
     """
@@ -130,14 +131,14 @@ class FP8Sender:
             strict=strict,
             staging=staging,
             quorum=quorum,
-            slices=(slices := send_from == "holders"),
             gpu=torch.cuda.current_device() if plane in ("nccl", "same_host") and torch.cuda.is_available() else None,
         )
         self._quorum, self._turns, self._keeper = quorum, Turns(timeout_s), Keeper(keep_snapshot)
         way_out = self._fleet if self._ranks.is_leader else self._fleet.half
-        self._holder: Holder | SliceHolder = Holder(way_out, self._config, self._ranks.rank, self._keeper)
-        if slices:
-            self._holder = SliceHolder(way_out, self._fleet.half, self._config, self._ranks.rank)
+        self._holder = Holders(
+            Holder(way_out, self._config, self._ranks.rank, self._keeper),
+            SliceHolder(way_out, self._fleet.half, self._config, self._ranks.rank),
+        )
         self._sending = SendingRanks(
             send_from, plane, self._ranks, self._fleet, self._holder, timeout_s, self._patience_s
         )
@@ -155,7 +156,7 @@ class FP8Sender:
             clock = PhaseClock()
             source, plan, lead = self._meet_and_plan("prepare", lambda: self._sources.of(model), clock, ask=True)
             for bucket, gathered in self._gathered(source, plan, clock):
-                lead.run(self._holder.rehearse, plan, bucket, gathered, on=self._maker_of(plan, bucket))
+                lead.run(self._holder.of(plan).rehearse, plan, bucket, gathered, on=self._maker_of(plan, bucket))
             source.release()
             self._sending.hear_of_failures(plan, lead, self._timeout_s)
             lead.finish("", self._patience_s, self._fail)
@@ -187,16 +188,16 @@ class FP8Sender:
         Training may change the weights at once. No other call of this sender may come before `wait()`.
         """
         check_version(version)
-        if not isinstance(self._holder, Holder) or not self._sending.is_rank_0:
+        if not self._sending.is_rank_0:
             raise ConfigError("push_async sends from rank 0 alone: push, or FP8Sender(send_from='rank_0')")
         clock, snapshot = PhaseClock(), list[torch.Tensor]()
         with self._ending_its_turn():
             source, plan, lead = self._meet_and_plan("push_async", lambda: self._sources.of(model), clock)
             for bucket, gathered in self._gathered(source, plan, clock):
                 with clock.phase("quantize"):
-                    lead.run(self._holder.pack_into, snapshot, plan, bucket, gathered)
+                    lead.run(self._holder.whole.pack_into, snapshot, plan, bucket, gathered)
             with clock.phase("quantize"):
-                lead.run(self._holder.until_packed, snapshot)
+                lead.run(self._holder.whole.until_packed, snapshot)
             source.release()
         self._pending = PushHandle(
             lambda: self._transfer(plan, lead, clock, snapshot, version),
@@ -279,14 +280,15 @@ class FP8Sender:
         source, plan, lead = self._meet_and_plan("push", make_source, clock, lambda: self._leader.begin_early(version))
         if not self._sending.begins_late:
             self._begin(plan, lead, clock, version)
+        holder = self._holder.of(plan)
         try:
             for bucket, gathered in self._gathered(source, plan, clock):
                 with clock.phase("quantize"):
-                    packed = lead.run(self._holder.pack, plan, bucket, gathered, on=self._maker_of(plan, bucket))
+                    packed = lead.run(holder.pack, plan, bucket, gathered, on=self._maker_of(plan, bucket))
                 if bucket.index == 0 and self._sending.begins_late:  # servers have heard of the push meanwhile
                     self._begin(plan, lead, clock, version)
                 with clock.phase("send"):
-                    lead.run(self._holder.send, packed, bucket.index, on=self._maker_of(plan, bucket))
+                    lead.run(holder.send, packed, bucket.index, on=self._maker_of(plan, bucket))
         finally:
             source.release()
         if plan.slices:
@@ -327,7 +329,7 @@ class FP8Sender:
             lead.run(self._leader.begin_or_plan_again, plan, version)
             for index, packed in enumerate(snapshot):
                 with clock.phase("send"):
-                    lead.run(self._holder.send, packed, index)
+                    lead.run(self._holder.whole.send, packed, index)
             self._publish(plan, lead, clock)
             if not lead.take_back(self._fleet.leave_out_the_guilty):
                 break
@@ -395,7 +397,8 @@ class FP8Sender:
         try:
             text = lead.finish(found, self._patience_s, self._fail, self._fleet.leave_out_the_guilty)
             if text or self._planned is None:
-                plan = PushPlan.from_json(text, source.tensors, self._bucket_bytes, self._sending.slices)
+                plan = PushPlan.from_json(text, source.tensors, self._bucket_bytes)
+                _ = plan.layout.plan_hash  # of thousands of tensors: worked out now, not when ranks meet for a push
                 alone = self._sending.is_rank_0
                 self._planned = plan if alone else self._sending.open(plan, source, lead, self._fail)
         except (Fp8SyncError, TryAgain):

@@ -55,6 +55,7 @@ class _Invitation(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     senders: tuple[int, ...]
+    slices: bool
     place: wire.Place
     servers: tuple[str, ...]
     hosts: tuple[str, ...]
@@ -64,12 +65,11 @@ class _Invitation(BaseModel):
 
 @dataclass(frozen=True)
 class SentBy:
-    """For the report. `busiest` link of a push, and what it would be if rank 0 sent alone; None where slices are
-    written, of which servers say only later where they go."""
+    """For the report. `busiest` link of a push, and what it would be if rank 0 sent alone."""
 
     num_bytes: dict[int, int]
-    busiest: BusiestLink | None
-    busiest_of_rank_0: BusiestLink | None
+    busiest: BusiestLink
+    busiest_of_rank_0: BusiestLink
 
 
 class SendingRanks:
@@ -85,7 +85,8 @@ class SendingRanks:
         timeout_s: float,
         patience_s: float,
     ) -> None:
-        self.slices = send_from == "holders"
+        self._are_holders = send_from == "holders"
+        self.slices = self._are_holders  # with "auto", as the last plan has it
         self.wanted: Literal["auto"] | tuple[int, ...] = _ranks_of(send_from, ranks.size)
         self._plane, self._ranks, self._fleet, self._holder = plane, ranks, fleet, holder
         self._timeout_s, self._patience_s = timeout_s, patience_s
@@ -96,8 +97,8 @@ class SendingRanks:
 
     @property
     def is_rank_0(self) -> bool:
-        """Whether it was never a question who sends."""
-        return self.wanted == (0,)
+        """Whether it was never a question who sends, and what."""
+        return self.wanted == (0,) and not self._are_holders
 
     @property
     def begins_late(self) -> bool:
@@ -108,8 +109,8 @@ class SendingRanks:
     @property
     def named(self) -> str:
         """For ranks to see whether they all mean the same; "" for rank 0."""
-        wanted = "holders" if self.slices else self.wanted
-        return "" if wanted == (0,) else f"send_from={wanted!r}, "
+        wanted = "holders" if self._are_holders else self.wanted
+        return "" if self.is_rank_0 else f"send_from={wanted!r}, "
 
     @property
     def lost_its_plane(self) -> bool:
@@ -132,7 +133,7 @@ class SendingRanks:
         places = lead.collect(place.model_dump_json(), others, self._patience_s)
         invited = lead.run(self._invite, plan, source, [place, *map(_place, places.values())])
         told = _Invitation.model_validate_json(lead.finish(invited, self._patience_s, on_failure))
-        plan = replace(plan, senders=told.senders)
+        plan, self.slices = replace(plan, senders=told.senders, slices=told.slices), told.slices
         self._is_sender = self._ranks.rank in told.senders
 
         listens = lead.run(self._listen, told, on=self._ranks.rank) if self._sends_beside_rank_0 else None
@@ -157,25 +158,31 @@ class SendingRanks:
             servers=self._fleet.places,
             held=held_bytes(plan.layout, source.sharding, source.cuts, self._ranks.size),
             buckets=[bucket.num_bytes for bucket in plan.layout.buckets],
+            num_ranks=self._fleet.num_ranks,
             on_one_host=any(ip_address(host).is_loopback for host in self._fleet.local_hosts()),
         )
-        senders = links.choose() if self.wanted == "auto" else self.wanted
+        slices, senders = self._are_holders, self.wanted
+        if senders == "auto":
+            slices = self._fleet.takes_slices and links.holders_are_quicker
+            senders = tuple(range(self._ranks.size)) if slices else links.choose()
         if why := links.obstacles(senders):
             raise ConfigError(f"send_from={self.wanted!r}: {why}")
-        if self.slices:
+        if slices:
             sharded = replace(plan, senders=senders).sharded(source.sharding, source.cuts, 0, self._ranks.size)
-            self.sent_by = SentBy(_written(sharded, links.held), None, None)
+            self.sent_by = SentBy(_written(sharded, links.held), links.of_holders(), links.busiest((0,)))
         else:
             self.sent_by = SentBy(links.sent_bytes(senders), links.busiest(senders), links.busiest((0,)))
         logger.info(
-            "fp8sync: trainer rank(s) %s send %s bytes; the busiest link has %s, from rank 0 alone it would have %s",
+            "fp8sync: trainer rank(s) %s send %s bytes%s; the busiest link has %s, from rank 0 alone it would have %s",
             senders,
             list(self.sent_by.num_bytes.values()),
+            ", each what it holds" if slices else "",
             self.sent_by.busiest,
             self.sent_by.busiest_of_rank_0,
         )
         return _Invitation(
             senders=senders,
+            slices=slices,
             place=places[0],
             servers=self._fleet.names,
             hosts=tuple(self._fleet.local_hosts()),

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from sender.gather import Gathered
+from sender.holder import Holder
 from sender.packer import Packer
 from sender.plan import PushPlan
 from sender.rows_plan import Run
@@ -133,6 +134,25 @@ class SliceHolder:
         if self._tables is None:
             raise SessionLostError("the data plane is closed: push again")
         return self._tables
+
+
+class Holders:
+    """Both ways of a trainer rank to send what it has, of which a plan has one: `whole` buckets, `slices` of them."""
+
+    def __init__(self, whole: Holder, slices: SliceHolder) -> None:
+        self.whole, self.slices = whole, slices
+
+    def of(self, plan: PushPlan) -> Holder | SliceHolder:
+        return self.slices if plan.slices else self.whole
+
+    def forget(self) -> None:
+        self.whole.forget()
+        self.slices.forget()
+
+    def check_finite(self) -> None:
+        """Raises: NonFiniteWeightError: what was sent in this push, whichever way, had inf or NaN."""
+        self.whole.check_finite()
+        self.slices.check_finite()
 
 
 class _Part:

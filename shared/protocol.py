@@ -30,7 +30,7 @@ from pydantic import Field, TypeAdapter, ValidationError, model_validator
 from shared.config import MOST_TENSORS, FP8BlockConfig, Name, WireModel
 from shared.errors import ConfigError, IncompatibleServerError
 
-PROTOCOL_VERSION = 8
+PROTOCOL_VERSION = 9
 MIN_SGLANG_VERSION = "0.5.16"
 CONTROL_PATH, INFO_PATH = "/fp8sync/control", "/fp8sync/info"
 LONGEST_DEADLINE_S = 24 * 3600.0
@@ -281,7 +281,8 @@ class WireError(WireModel):
 class Reply(WireModel):
     """The answer of a server to any control message. Success is `error is None`; nothing else is.
 
-    `exclusive`: a push is under way that writes where requests would use it, so that none may run.
+    `exclusive`: a push is under way that writes where requests would use it, so that none may run. `lands`: of an
+    offer, the ways in which trainer ranks could write what they hold of it themselves.
     """
 
     state: ServerState
@@ -293,6 +294,7 @@ class Reply(WireModel):
     manifest: tuple[ManifestTensor, ...] | None = None
     plan_hash: str | None = None
     staging: StagingWay | None = None
+    lands: tuple[StagingWay, ...] = ()
     probe: tuple[dict[str, str], ...] | None = None
 
 

@@ -1,4 +1,5 @@
-"""A scheduler that has nothing to do leaves its processor to what receives; one that computes does not wait for it."""
+"""A scheduler that has nothing to do leaves its processor to what receives, and looks at its model for the next push;
+one that computes does not wait for it."""
 
 from __future__ import annotations
 
@@ -14,12 +15,25 @@ from receiver_plugin import sglang_adapter as adapter
 @pytest.mark.parametrize("paused", [True, False])
 @pytest.mark.parametrize("idle", [True, False])
 @pytest.mark.parametrize("requests", [[], ["a request"]])
-def test_only_an_idle_scheduler_beside_a_push_gives_way(
-    receiving: bool | None, paused: bool, idle: bool, requests: list[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("session", [True, False])
+def test_what_a_turn_of_the_event_loop_means(
+    receiving: bool | None,
+    paused: bool,
+    idle: bool,
+    requests: list[str],
+    session: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    slept: list[float] = []
-    receiver = None if receiving is None else SimpleNamespace(is_receiving=receiving)
-    monkeypatch.setattr(adapter, "_receiver", receiver)
+    slept, told = list[float](), list[str]()
+    receiver = SimpleNamespace(
+        is_receiving=receiving and session,
+        has_session=session,
+        idle=lambda: told.append("idle"),
+        busy=lambda: told.append("busy"),
+    )
+    monkeypatch.setattr(adapter, "_receiver", None if receiving is None else receiver)
     monkeypatch.setattr(adapter, "time", SimpleNamespace(sleep=slept.append, monotonic=time.monotonic))
-    adapter._give_way(None, SimpleNamespace(_engine_paused=paused, is_fully_idle=lambda: idle), requests)
-    assert bool(slept) == (receiving is True and (paused or idle) and not requests)
+    adapter._after_turn(None, SimpleNamespace(_engine_paused=paused, is_fully_idle=lambda: idle), requests)
+    assert bool(slept) == (bool(receiving and session) and (paused or idle) and not requests)
+    nothing_ran = idle and session and not requests
+    assert told == ([] if receiving is None else ["idle"] if nothing_ran else ["busy"])

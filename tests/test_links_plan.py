@@ -29,7 +29,7 @@ def links(plane: PlaneName, trainers: Sequence[Place], servers: Sequence[Place],
     """8 GB in 64 buckets; `held`: by each trainer rank, an even share if None."""
     buckets = [GB // 8] * 64
     share = 8 * GB // len(trainers) if held is None else held
-    return Links(plane, trainers, servers, [share] * len(trainers), buckets)
+    return Links(plane, trainers, servers, [share] * len(trainers), buckets, [len(servers)])
 
 
 def test_rates_are_those_of_the_model() -> None:
@@ -44,6 +44,27 @@ def test_two_gpus_the_server_on_the_second() -> None:
     assert found.busiest((0,)) == BusiestLink(name="NVLink out of a/0", num_bytes=8 * GB, seconds=8 / 370)
     assert found.busiest((0, 1)).num_bytes == 6 * GB  # its own half of the buckets, and its rows of the other half
     assert links("same_host", gpus("a", 0, 1), gpus("a", 0)).choose() == (0,)
+
+
+def test_holders_are_taken_where_that_is_fewer_bytes_on_a_link() -> None:
+    others = links("same_host", gpus("a", 0, 1), gpus("a", 2, 3))  # a server of two ranks, on GPUs of its own
+    assert others.of_holders().num_bytes == 4 * GB and others.busiest(others.choose()).num_bytes == 10 * GB
+    assert others.holders_are_quicker
+    same = links("same_host", gpus("a", 0, 1), gpus("a", 0, 1))  # half of what each holds stays
+    assert same.of_holders().num_bytes == 2 * GB and same.holders_are_quicker
+    on_one = links("same_host", gpus("a", 0, 1), gpus("a", 1))  # as rank 1 alone
+    assert on_one.of_holders() == on_one.busiest((1,)) and not on_one.holders_are_quicker
+    assert not links("same_host", gpus("a", 0), gpus("a", 1)).holders_are_quicker
+
+
+@pytest.mark.parametrize("plane", ["tcp", "gloo", "nccl"])
+def test_holders_write_to_memory_of_their_host_only(plane: PlaneName) -> None:
+    assert not links(plane, gpus("a", 0, 1), gpus("a", 2, 3)).holders_are_quicker
+    assert not links("same_host", gpus("a", 0, 1), gpus("b", 2, 3)).holders_are_quicker
+
+
+def test_on_cpus_pieces_cost_more_than_they_save() -> None:
+    assert not links("same_host", [Place(host="a")] * 2, [Place(host="a")] * 2).holders_are_quicker
 
 
 def test_every_rank_of_a_host_sends_an_eighth() -> None:

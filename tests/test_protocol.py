@@ -24,7 +24,7 @@ from shared.protocol import (
 )
 
 # Golden bytes. To change one of these literals is to raise PROTOCOL_VERSION.
-GOLDEN_VERSION = 8
+GOLDEN_VERSION = 9
 
 OFFER = Offer(
     config=FP8BlockConfig(scale_fmt="ue8m0", modules_to_not_convert=("lm_head",)),
@@ -34,7 +34,7 @@ OFFER = Offer(
     ),
 )
 OFFER_BYTES = (
-    b'{"kind":"offer","protocol":8,"config":{"block_size":[128,128],"dtype":"float8_e4m3fn","scale_fmt":"ue8m0",'
+    b'{"kind":"offer","protocol":9,"config":{"block_size":[128,128],"dtype":"float8_e4m3fn","scale_fmt":"ue8m0",'
     b'"zero_scale":"one","modules_to_not_convert":["lm_head"]},"tensors":[{"name":"a.weight","shape":[130,64],'
     b'"dtype":"bfloat16"},{"name":"norm.weight","shape":[64],"dtype":"float16"}]}'
 )
@@ -82,12 +82,13 @@ REPLY = Reply(
     fence="why",
     error=WireError(kind="PlanError", message="no", problems=("x", "y")),
     manifest=MANIFEST,
+    lands=("in_place",),
 )
 REPLY_BYTES = (
     b'{"state":"FENCED","version":3,"fence":"why","exclusive":false,"error":{"kind":"PlanError","message":"no",'
     b'"problems":["x","y"]},"info":null,"manifest":'
     + MANIFEST_BYTES
-    + b',"plan_hash":null,"staging":null,"probe":null}'
+    + b',"plan_hash":null,"staging":null,"lands":["in_place"],"probe":null}'
 )
 FIELDS = {
     "Describe": "kind protocol",
@@ -103,7 +104,7 @@ FIELDS = {
     "Abort": "kind session version reason fence",
     "Close": "kind session",
     "Probe": "kind",
-    "Reply": "state version fence exclusive error info manifest plan_hash staging probe",
+    "Reply": "state version fence exclusive error info manifest plan_hash staging lands probe",
     "WireError": "kind message problems",
     "Rendezvous": "plane host port key secret world_size first_rank timeout_s",
     "TensorSpec": "name shape dtype",
@@ -166,7 +167,7 @@ def test_messages_decode_to_what_they_were() -> None:
     ],
 )
 def test_what_is_no_message_is_refused(data: bytes) -> None:
-    with pytest.raises(errors.ConfigError, match="not a control message of protocol 8"):
+    with pytest.raises(errors.ConfigError, match="not a control message of protocol 9"):
         decode_message(data)
 
 
@@ -233,7 +234,7 @@ def test_an_error_does_not_repeat_what_was_given() -> None:
 
 @pytest.mark.parametrize("data", [changed(OFFER_BYTES, protocol=1), b'{"kind":"describe","protocol":0}'])
 def test_another_protocol_version_is_named(data: bytes) -> None:
-    with pytest.raises(errors.IncompatibleServerError, match=r"speaks protocol \d, this server 8"):
+    with pytest.raises(errors.IncompatibleServerError, match=r"speaks protocol \d, this server 9"):
         decode_message(data)
 
 

@@ -17,7 +17,6 @@ from receiver_plugin.ranks import SingleRank
 from receiver_plugin.receiver import Receiver
 from receiver_plugin.staging import Staging, copier
 from sender import FP8Sender, Shard
-from sender.holder import Holder
 from shared import errors, protocol
 from tests.test_distributed import EVERY_PLANE, ServerProcess, _local, make_sender, make_sharded, our_threads, soon
 from tests.test_push_memory import Server, expected
@@ -169,8 +168,7 @@ def push_and_heal(rank: int, senders: Any, harm: Callable[[FP8Sender, Any], Any]
 
 def cannot_pack(sender: FP8Sender, where: Any) -> Any:
     """On rank 1, its second bucket."""
-    assert isinstance(sender._holder, Holder)
-    packed = sender._holder._packed
+    packed = sender._holder.whole._packed
 
     def fail(plan: Any, bucket: Any, *more: Any) -> Any:
         if bucket.index == 3:
@@ -178,8 +176,8 @@ def cannot_pack(sender: FP8Sender, where: Any) -> Any:
         return packed(plan, bucket, *more)
 
     if where[0] == 1:
-        sender._holder._packed = fail  # type: ignore[method-assign, assignment]
-    return lambda: setattr(sender._holder, "_packed", packed)
+        sender._holder.whole._packed = fail  # type: ignore[method-assign, assignment]
+    return lambda: setattr(sender._holder.whole, "_packed", packed)
 
 
 def close_session(sender: FP8Sender, where: Any) -> None:
@@ -258,7 +256,7 @@ def die_in_the_middle(rank: int, senders: Any) -> Any:
     before, started = fingerprint(server.model) if server else None, time.monotonic()
     sender = make_sender(server, send_from=senders)
     sender.prepare(make_sharded(2))
-    send = sender._holder.send
+    send = sender._holder.whole.send
 
     def die(packed: Any, index: int) -> None:
         if index == 3:
@@ -266,7 +264,7 @@ def die_in_the_middle(rank: int, senders: Any) -> Any:
         send(packed, index)
 
     if rank == 1:
-        sender._holder.send = die  # type: ignore[method-assign]
+        sender._holder.whole.send = die  # type: ignore[method-assign]
     found = caught(sender.push, make_sharded(2))
     sender.close()
     assert server is not None

@@ -184,7 +184,7 @@ def test_whatever_ends_a_push_others_have_their_turn(
         if where == "gather":
             patched.setattr(ModuleSource, "gather", interrupted)
         else:
-            owner: Any = fleet.sender._holder if where == "_packed" else fleet.sender._leader
+            owner: Any = fleet.sender._holder.whole if where == "_packed" else fleet.sender._leader
             whole = getattr(owner, where)
             patched.setattr(owner, where, lambda *args: (whole(*args), interrupted()))
         with pytest.raises(stop, match="enough"):

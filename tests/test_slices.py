@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from receiver_plugin.probe import fingerprint
 from receiver_plugin.ranks import SingleRank
 from receiver_plugin.receiver import Receiver
-from sender import FP8Sender
+from sender import FP8Sender, sending_ranks
 from shared import errors, protocol
 from shared.errors import ConfigError, TransferError
 from shared.planes import shared_memory
@@ -111,6 +111,48 @@ def push_layouts(rank: int) -> dict[str, bool]:
         sender.push_shards(halves(model, rank))
         found["shards"] = server is None or fingerprint(server.model) == expected(model)
     return found
+
+
+CHOICES: dict[str, Any] = {
+    "two servers": ("89", "auto", True),
+    "one server": ("9", "auto", True),
+    "nothing reserved": ("89", "auto", False),
+    "in the KV cache": ("89", "kv_pool", True),
+}
+
+
+def push_by_choice(rank: int) -> dict[str, Any]:
+    """Whether slices were written, and by whom; GPUs are names here."""
+    found = {}
+    place = protocol.Place(host="a", gpu=str(rank))
+    setattr(sending_ranks, "place_of", lambda device: place)  # noqa: B010
+    for case, (gpus, staging, reserves) in CHOICES.items():
+        servers = [server for name in gpus if (server := server_of(rank, name=name)) is not None]
+        for server in servers:
+            server.receiver._places = (protocol.Place(host="a", gpu=server.control.name),)
+            server.engine.memory.pool = [torch.zeros(4 << 20, dtype=torch.uint8)]
+            if not reserves:
+                server.engine.memory.reserved = None
+        urls: list[Any] = [server.control for server in servers] or [f"http://127.0.0.1:{port}" for port in gpus]
+        options: Any = {"plane": "same_host", "send_from": "auto", "staging": staging, "bucket_bytes": 64 << 10}
+        with FP8Sender(urls, timeout_s=20.0, **options) as sender:
+            for seed in (1, 2):
+                report = sender.push(make_sharded(2, seed))
+                assert all(fingerprint(server.model) == expected(Trainer(seed)) for server in servers)
+            assert sender._planned is not None and report.busiest_link is not None
+            found[case] = sender._planned.slices, report.senders, report.busiest_link == report.busiest_link_of_rank_0
+    return found
+
+
+def test_auto_lets_every_rank_write_what_it_holds_where_that_spares_a_link() -> None:
+    """And where no server is less safe for it."""
+    for found in run_on_ranks(push_by_choice, 2):
+        assert found == {
+            "two servers": (True, (0, 1), False),  # what each holds leaves its GPU twice, in place of everything
+            "one server": (False, (0,), True),  # everything comes to its GPU, whoever sends
+            "nothing reserved": (False, (0, 1), False),  # they would have to write where a server serves from
+            "in the KV cache": (False, (0, 1), False),
+        }
 
 
 def test_every_layout_is_written_from_both_ranks() -> None:
@@ -242,7 +284,7 @@ def push_and_die(rank: int) -> Any:
     before, started = fingerprint(server.model) if server else None, time.monotonic()
     sender = make_sender(server, **HOLDERS)
     sender.prepare(make_sharded(2))
-    send = sender._holder.send
+    send = sender._holder.slices.send
 
     def die(made: Any, index: int) -> None:
         if index == 3:
@@ -250,7 +292,7 @@ def push_and_die(rank: int) -> Any:
         send(made, index)
 
     if rank == 1:
-        setattr(sender._holder, "send", die)  # noqa: B010
+        setattr(sender._holder.slices, "send", die)  # noqa: B010
     found = caught(sender.push, make_sharded(2))
     same = server is not None and fingerprint(server.model) == before
     state = server is not None and soon(lambda: server.state() == "SERVING")
