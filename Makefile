@@ -68,7 +68,7 @@ lint: env
 	"$$VENV/bin/python" -m ruff check .
 	"$$VENV/bin/python" -m ruff format --check .
 	echo '== types'
-	"$$VENV/bin/python" -m mypy
+	"$$VENV/bin/python" -m mypy --cache-dir "$$VENV/.mypy_cache"  # that torch was read is remembered for other clones
 
 clean:
 	@rm -rf build dist out .cache .pytest_cache .mypy_cache .ruff_cache ./*.egg-info

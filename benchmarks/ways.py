@@ -20,6 +20,7 @@ from shared.protocol import InFlight, PlaneName, StagingChoice
 
 SEEDS = (1, 2)  # of the two sets of weights; the last push is of the first
 PUSH_TIMEOUT_S = 90.0
+STEP_S = 0.1
 _Route = TypeVar("_Route", bound="Route")
 
 
@@ -93,8 +94,10 @@ class Memory:
 
 
 def fill_for(trainer: Trains, number: int, num_pushes: int) -> None:
-    """Before push `number` of `num_pushes`: the other weights than those of the one before."""
+    """Before push `number` of `num_pushes`: the other weights than those of the one before, and a little of the time
+    that a step of training takes, in which servers do nothing either."""
     trainer.fill(SEEDS[(num_pushes - 1 - number) % len(SEEDS)])
+    time.sleep(STEP_S)
 
 
 def phases(report: PushReport) -> dict[str, float]:

@@ -56,7 +56,7 @@ from shared.planes.several import open_receivers
 logger = logging.getLogger(__name__)
 
 _LAST_BUCKET_S = 0.01  # from the sender to its place in the staging
-_CALM_S = 0.05  # without a request, until an idle server looks at its model
+_CALM_S = 0.02  # without a request, until an idle server looks at its model
 
 
 class Receiver:
