@@ -1,5 +1,5 @@
-"""The row of `benchmarks.push --fsdp`, and those of `benchmarks.layouts`: trainer ranks, sharded by FSDP2, push; gather
-and quantizing are part of it.
+"""The row of `benchmarks.push --fsdp`, and those of `benchmarks.layouts` and `.losses`: trainer ranks push, sharded by
+FSDP2; gather and quantizing are part of it.
 
 For the first, rank 0 is on one GPU, and rank 1 on the other one, beside the server. All are processes of their own,
 `python -m benchmarks.fsdp RANK JOB`, that `Ranks` starts; the process that starts them holds no weights meanwhile. A
@@ -91,16 +91,19 @@ def _rows_of(whole: torch.Tensor, rank: int, size: int) -> torch.Tensor:
 
 
 class Ranks:
-    """The processes of the trainer. `environments`: what is added to that of each; `log`: of each rank, in words."""
+    """The processes of the trainer. `environments`: what is added to that of each; `log`: of each rank, in words;
+    `program`: the module that takes the number of a rank and the job."""
 
-    def __init__(self, job: Job, environments: Sequence[Mapping[str, str]], log: Path) -> None:
+    def __init__(
+        self, job: Job, environments: Sequence[Mapping[str, str]], log: Path, program: str = "benchmarks.fsdp"
+    ) -> None:
         self._job, self._logs = job, [log.with_name(f"{log.name}-rank-{rank}.log") for rank in range(job.num_ranks)]
         self._processes: list[subprocess.Popen[bytes]] = []
         for rank, environment in enumerate(environments):
             with self._logs[rank].open("wb") as output:
                 self._processes.append(
                     subprocess.Popen(
-                        [sys.executable, "-m", "benchmarks.fsdp", str(rank), job.model_dump_json()],
+                        [sys.executable, "-m", program, str(rank), job.model_dump_json()],
                         env={**os.environ, **environment},
                         stdin=subprocess.DEVNULL,
                         stdout=output,
@@ -108,7 +111,17 @@ class Ranks:
                     )
                 )
 
+    @property
+    def are_running(self) -> bool:
+        """Whether none has ended."""
+        return all(process.poll() is None for process in self._processes)
+
     def row(self) -> Row:
+        """Raises: as `wait`."""
+        self.wait()
+        return Row.model_validate_json(self._job.found.read_bytes())
+
+    def wait(self) -> None:
         """Raises: RuntimeError: a rank failed, or they took too long; with the end of its log."""
         deadline = time.monotonic() + RANKS_S
         while any(process.poll() is None for process in self._processes):
@@ -120,7 +133,6 @@ class Ranks:
         for rank, process in enumerate(self._processes):
             if process.returncode:
                 raise RuntimeError(f"rank {rank} ended with code {process.returncode}: {self._log_end(rank)}")
-        return Row.model_validate_json(self._job.found.read_bytes())
 
     def _log_end(self, rank: int) -> str:
         return self._logs[rank].read_text(errors="replace")[-250:]
@@ -145,7 +157,8 @@ def job_of(chosen: argparse.Namespace, way: Way, urls: Sequence[str], at: Path, 
     )
 
 
-def main(rank: int, job: Job) -> None:
+def meet(rank: int, job: Job) -> tuple[Trains, torch.device]:
+    """This rank's part of the model, once all ranks are there."""
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -156,6 +169,11 @@ def main(rank: int, job: Job) -> None:
     dist.init_process_group(backend, store=store, rank=rank, world_size=job.num_ranks, timeout=timeout, device_id=bound)
     trainer: Trains = ShardedTrainer(job.case, device) if job.num_ranks > 1 else Trainer(job.case, device)
     trainer.fill(0)  # `prepare` reads the weights
+    return trainer, device
+
+
+def main(rank: int, job: Job) -> None:
+    trainer, device = meet(rank, job)
     row = push_row(job.way, job.urls, trainer, FP8BlockConfig(), job.num_pushes, device)
     row.way = f"{row.way}, FSDP2 on {job.num_ranks} ranks" if job.num_ranks > 1 else row.way
     if rank == 0:

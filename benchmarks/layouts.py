@@ -46,8 +46,9 @@ START_S = 240.0
 _TP_ON_CPU = {"SGLANG_NCCL_SO_PATH": "/nonexistent"}  # else torch's NCCL is taken, which needs a GPU
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(description: str | None) -> argparse.Namespace:
+    """Raises: SystemExit. Nothing may have asked for a GPU before: it says which there are."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trainers", nargs="+", default=["0", "1"], metavar="GPU")
     parser.add_argument("--servers", nargs="+", default=["2,3"], metavar="GPUS")
     parser.add_argument("--model", choices=MODELS, default="qwen3-8b")
@@ -68,6 +69,8 @@ def arguments() -> argparse.Namespace:
     chosen.case = with_experts(with_layers(MODELS[chosen.model], chosen.layers), chosen.experts)
     chosen.servers = [words.split(",") for words in chosen.servers]
     chosen.load, chosen.load_tokens = [], 64  # as `server_args` wants it
+    visible = [chosen.trainers[0], *chosen.trainers, *(gpu for names in chosen.servers for gpu in names)]
+    os.environ.update(NCCL, CUDA_VISIBLE_DEVICES=",".join(dict.fromkeys(visible)))
     return chosen
 
 
@@ -88,7 +91,8 @@ class Run:
         named = dict.fromkeys([*gpus, *self.chosen.trainers, *(gpu for names in self.chosen.servers for gpu in names)])
         return {"CUDA_VISIBLE_DEVICES": ",".join(named)}
 
-    def start(self, number: int, args: list[str]) -> LocalServer:
+    def start(self, number: int, args: list[str], name: str = "server", port: int | None = None) -> LocalServer:
+        """A server on the GPUs of server `number`, not awaited."""
         gpus = self.chosen.servers[number]
         words = [*args, *server_args(self.chosen, self.on_gpu)]
         env = {"FP8SYNC_PROBE": "1", "SGLANG_JIT_DEEPGEMM_PRECOMPILE": "0"}
@@ -99,7 +103,8 @@ class Run:
             env |= {} if self.on_gpu else {**_TP_ON_CPU, "SGLANG_CPU_OMP_THREADS_BIND": cores}
         if self.on_gpu:
             env["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
-        server = LocalServer(words, self.chosen.out / "logs" / f"{self.name}-server-{number}.log", env=env)
+        log = self.chosen.out / "logs" / f"{self.name}-{name}-{number}.log"
+        server = LocalServer(words, log, env=env, port=port)
         self.running.append(server)
         return server
 
@@ -130,9 +135,12 @@ class Run:
         (self.chosen.out / f"{self.name}-{self.chosen.model}.json").write_text(figures)
         print(f"\n{self.chosen.case.name}, trainers {self.chosen.trainers}, servers {self.chosen.servers}\n")
         print(table(self.rows, None), flush=True)
+        self.stop()
+        return int(not self.rows or any(row.failed for row in self.rows))
+
+    def stop(self) -> None:
         for running in self.running:
             running.stop()
-        return int(not self.rows or any(row.failed for row in self.rows))
 
 
 def reference(case: Case, sizes: set[int], whole_experts: bool) -> dict[int, list[dict[str, str]]]:
@@ -144,17 +152,27 @@ def reference(case: Case, sizes: set[int], whole_experts: bool) -> dict[int, lis
     return {size: [expected(trainer.weights, config, rank) for rank in of_size] for size, of_size in ranks.items()}
 
 
-def measure(run: Run, folder: Path) -> None:
+def words_of_servers(run: Run, folder: Path) -> list[str]:
+    """`folder`: for the configuration of the model."""
     chosen = run.chosen
     weights = Trainer(chosen.case, torch.device("cpu")).weights  # of shapes: nothing is ever written there
     model = chosen.case.write_config(folder / chosen.case.name)
     reserved = staging_gb(weights, run.config, [chosen.bucket_mib]) if "reserved" in chosen.staging else "0"
-    args = [*sglang_fp8_args(str(model), run.config), "--fp8sync-staging", reserved]
+    return [*sglang_fp8_args(str(model), run.config), "--fp8sync-staging", reserved]
+
+
+def references(run: Run) -> dict[int, list[dict[str, str]]]:
+    """`reference` of servers of the sizes that there are."""
+    sizes = {len(gpus) for gpus in run.chosen.servers}
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(reference, run.chosen.case, sizes, run.chosen.whole_experts).result()
+
+
+def measure(run: Run, folder: Path) -> None:
+    chosen, args = run.chosen, words_of_servers(run, folder)
     shared = set(chosen.trainers) & {gpu for gpus in chosen.servers for gpu in gpus}
     servers = [] if shared else [run.start(number, args) for number in range(len(chosen.servers))]
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        sizes = {len(gpus) for gpus in chosen.servers}
-        wanted = pool.submit(reference, chosen.case, sizes, chosen.whole_experts).result()
+    wanted = references(run)
     if shared:  # the whole model and a server might not fit on one GPU
         servers = [run.start(number, args) for number in range(len(chosen.servers))]
     for server in servers:
@@ -168,9 +186,7 @@ def measure(run: Run, folder: Path) -> None:
 
 
 def main() -> int:
-    chosen = arguments()
-    visible = [chosen.trainers[0], *chosen.trainers, *(gpu for names in chosen.servers for gpu in names)]
-    os.environ.update(NCCL, CUDA_VISIBLE_DEVICES=",".join(dict.fromkeys(visible)))  # before anything asks for a GPU
+    chosen = arguments(__doc__)
     run = Run(chosen)
 
     def strike() -> None:

@@ -20,7 +20,7 @@ from shared.protocol import InFlight, PlaneName, StagingChoice
 
 SEEDS = (1, 2)  # of the two sets of weights; the last push is of the first
 PUSH_TIMEOUT_S = 90.0
-STEP_S = 0.1
+STEP_S = 0.3
 _Route = TypeVar("_Route", bound="Route")
 
 

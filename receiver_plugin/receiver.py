@@ -33,7 +33,7 @@ from receiver_plugin.engine_protocol import Engine
 from receiver_plugin.manifest import plan_offer
 from receiver_plugin.probe import fingerprint
 from receiver_plugin.ranks import Ranks, RanksLostError, collect, gather, to_wire
-from receiver_plugin.rooms import WAYS, Need, obstacles
+from receiver_plugin.rooms import WAYS, Need
 from receiver_plugin.session import Session, Transfer
 from receiver_plugin.sessions import Sessions
 from receiver_plugin.staging import Staging
@@ -57,6 +57,7 @@ logger = logging.getLogger(__name__)
 
 _LAST_BUCKET_S = 0.01  # from the sender to its place in the staging
 _CALM_S = 0.02  # without a request, until an idle server looks at its model
+_LOOK_EVERY_S = 0.25  # at most, between pushes: a look takes milliseconds, for which a request may have to wait
 
 
 class Receiver:
@@ -86,7 +87,9 @@ class Receiver:
         self._sessions = Sessions(ranks, engine.memory, engine.synchronize)
         self._planned_for = ""  # what the session's plan was made for, as `Engine.info` has it
         self._calm = False  # the model was found to be as it was planned for, and nothing has run since
-        self._looks_at: float | None = None  # when it is time to look; None: that has been done
+        self._busy_at = self._looked_at = 0.0
+        self._looked_for: int | None = None  # the version that was on its way, at the last look beside one
+        self._looks_help = True  # no idle look has failed since the last message
         self._handlers: dict[type, Callable[[Any], dict[str, Any]]] = {
             wire.Describe: self._describe,
             wire.Offer: self._offer,
@@ -136,22 +139,33 @@ class Receiver:
 
     def busy(self) -> None:
         """To be called after everything that runs on this thread and may change the model, messages included."""
-        self._calm, self._looks_at = False, time.monotonic() + _CALM_S
+        self._calm, self._busy_at = False, time.monotonic()
 
     def idle(self) -> None:
-        """To be called again and again while nothing does: looks at the model, once, so that the next message need not.
-        What speaks against a push is told by that message, which looks again."""
-        if self._looks_at is None or self._session is None:
+        """To be called again and again while nothing does: looks at the model, so that the next message need not.
+
+        Once while bytes of a push arrive, and between pushes when nothing has run for a little while. What speaks
+        against a push is told by the message that comes next, which looks again; until then no idle look does.
+        """
+        session, now = self._session, time.monotonic()
+        if self._calm or session is None or session.lost is not None or not self._looks_help:
             return
-        if self.is_receiving or time.monotonic() > self._looks_at:
-            self._looks_at = None
-            try:
-                with torch.inference_mode(False), torch.no_grad():
-                    self._check_safe()
-                    self._check_incarnation(self._planned_for)
-            except Exception:  # it would end the server
+        if self.is_receiving:
+            version = session.transfer.version if session.transfer is not None else None
+            if version == self._looked_for:
                 return
+            self._looked_for = version
+        elif now < max(self._busy_at + _CALM_S, self._looked_at + _LOOK_EVERY_S):
+            return
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                self._check_safe()
+                self._check_incarnation(self._planned_for)
             self._calm = True
+        except Exception as error:  # it would end the server
+            self._looks_help = False
+            logger.warning("fp8sync: the next push will be refused, as things are: %s", error)
+        self._looked_at = time.monotonic()
 
     def handle(self, message: Any) -> wire.Reply:
         """Answer one control message. Never raises: an error becomes part of the reply."""
@@ -171,6 +185,7 @@ class Receiver:
             logger.exception("fp8sync: %s failed", message.kind)
             return self._reply(error=to_wire(PushError(f"{message.kind} failed: {type(error).__name__}: {error}")))
         finally:
+            self._looks_help = True
             self.busy()
 
     def _reply(self, **fields: Any) -> wire.Reply:
@@ -187,8 +202,8 @@ class Receiver:
         collect(self._ranks, self._check_safe)
         derived = self._engine.derived
         self._manifest, self._plan = plan_offer(self._model, message.tensors, message.config, self._ranks, derived)
-        need = Need.to_land(self._model, self._plan)
-        found = collect(self._ranks, lambda: list(obstacles(need, self._engine.memory, "auto")))
+        plan = self._plan
+        found = collect(self._ranks, lambda: list(self._sessions.obstacles(Need.to_land(self._model, plan))))
         return {"manifest": self._manifest, "lands": tuple(way for way in WAYS if not any(way in had for had in found))}
 
     def _check_safe(self) -> None:
@@ -382,6 +397,7 @@ class Receiver:
 
     def memory_leaves(self, tags: Collection[str]) -> None:
         """Memory of the engine is about to be released: `weights`, `kv_cache`. Nothing may write there any more."""
+        self.busy()  # a message may follow in the same turn
         try:
             self._fence_if(self._sessions.give_up_memory(tags))
         except RanksLostError as error:
@@ -389,6 +405,7 @@ class Receiver:
 
     def weights_changed(self, by: str) -> None:
         """Another route wrote to the parameters: what is staged is void, and what is served is no version of ours."""
+        self.busy()
         logger.warning("fp8sync: fenced, the weights were changed by %s", by)
         self._fence_for(f"its weights were changed by {by}")
 

@@ -124,6 +124,7 @@ def _info(infos: Sequence[wire.ServerInfo]) -> wire.ServerInfo:
     whole = {
         "incarnation": _BETWEEN.join(info.incarnation for info in infos),
         "num_ranks": sum(info.num_ranks for info in infos),
+        "num_replicas": len(infos),
         "places": tuple(place for info in infos for place in info.places),
     }
     return infos[0].model_copy(update=whole)

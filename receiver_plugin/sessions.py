@@ -96,6 +96,10 @@ class Sessions:
         assert self.current is not None
         return self.current
 
+    def obstacles(self, need: Need) -> dict[StagingWay, str]:
+        """Of a session for `need`, were it opened now: `rooms.obstacles`."""
+        return obstacles(need, self._memory, "auto", self._free(_LINGER_S))
+
     def _check_quiet(self) -> None:
         """Raises: ServerBusyError: trainer ranks of an earlier session may still write to live parameters."""
         end = time.monotonic() + _LINGER_S

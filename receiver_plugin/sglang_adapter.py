@@ -141,18 +141,27 @@ def _enter_queue(original: Any, scheduler: Any, request: Any, *args: Any, **kwar
         _requests.end(request)
 
 
-def _after_turn(result: Any, scheduler: Any, requests: list[Any]) -> None:
-    """In every turn of the event loop, after what has come. A scheduler that is idle or paused spins, and Python runs
-    one thread: what receives would wait 5 ms before each of its steps.
+def _turn(original: Any, scheduler: Any, requests: list[Any], *args: Any, **kwargs: Any) -> Any:
+    """Around what is done with all that has come in a turn of the event loop."""
+    if _receiver is not None and len(requests) > 1:
+        _receiver.busy()  # a message of ours may come after something else
+    result = original(scheduler, requests, *args, **kwargs)
+    if _receiver is not None:
+        _after_turn(_receiver, scheduler, bool(requests))
+    return result
+
+
+def _after_turn(receiver: Receiver, scheduler: Any, has_requests: bool) -> None:
+    """A scheduler that is idle or paused spins, and Python runs one thread: what receives would wait 5 ms before each
+    of its steps.
     """
-    if _receiver is None:
-        return
-    idle = not requests and _receiver.has_session and scheduler.is_fully_idle()
+    computes = getattr(scheduler, "split_prefill_batch", None) is not None  # which SGLang does not count as work
+    idle = not has_requests and receiver.has_session and not computes and scheduler.is_fully_idle()
     if idle:
-        _receiver.idle()
+        receiver.idle()
     else:
-        _receiver.busy()
-    if _receiver.is_receiving and not requests and (idle or scheduler._engine_paused):
+        receiver.busy()
+    if receiver.is_receiving and not has_requests and (idle or scheduler._engine_paused):
         time.sleep(_GIVE_WAY_S)
 
 
@@ -198,7 +207,7 @@ _HOOKS: tuple[tuple[str, Any, HookType], ...] = (
     (_RUNNER, reserve_staging, HookType.AROUND),
     (_SCHEDULER, _attach_receiver, HookType.AFTER),
     (_QUEUE, _enter_queue, HookType.AROUND),
-    (_LOOP, _after_turn, HookType.AFTER),
+    (_LOOP, _turn, HookType.AROUND),
     (_HTTP, run_with_control, HookType.AROUND),
     (f"{_MANAGER}.generate_request", generate, HookType.AROUND),
     (f"{_MANAGER}._send_one_request", send, HookType.AROUND),

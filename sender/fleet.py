@@ -97,6 +97,7 @@ class Fleet:
         self._session = ""
         self._senders: tuple[int, ...] = (0,)
         self._slices = False  # whether trainer ranks write what they hold of every bucket
+        self._replicas: list[int] = []
         self._lands: list[tuple[wire.StagingWay, ...]] = []  # how they could, for each server
         self._doors = Doors(self._servers, timeout_s, in_flight)
         self.staging: dict[str, wire.StagingWay] = {}  # of each server, since the session was opened
@@ -203,6 +204,7 @@ class Fleet:
             raise lost
         self._incarnations = now
         self.num_ranks = [info.num_ranks for info in infos.values() if info is not None]
+        self._replicas = [info.num_replicas for info in infos.values() if info is not None]
         self.places = [place for info in infos.values() if info is not None for place in info.places]
         self._newest = max(self._newest, *(reply.version for reply in replies.values()))
         return known, self._newest
@@ -235,11 +237,15 @@ class Fleet:
         return plan
 
     @property
+    def shares(self) -> list[float]:
+        """Of what is sent, the part that each rank of the servers takes, as if all of a replica were alike."""
+        found = zip(self.num_ranks, self._replicas, strict=True)
+        return [replicas / num for num, replicas in found for _ in range(num)]
+
+    @property
     def takes_slices(self) -> bool:
-        """Whether trainer ranks may write what they hold to all servers, which are no less safe for it: each stages
-        where it was told to, or in reserved memory."""
-        way = "reserved" if self._wanted == "auto" else self._wanted
-        return all(way in ways for ways in self._lands)
+        """Whether trainer ranks can write what they hold to reserved memory of all servers."""
+        return self._wanted in ("auto", "reserved") and all("reserved" in ways for ways in self._lands)
 
     def draw_session(self) -> str:
         """The secret of a session that is to be opened."""
@@ -251,10 +257,16 @@ class Fleet:
         """By which address of this machine each server is reached."""
         return [server.local_host() for server in self._servers.clients]
 
-    def open(self, plan: PushPlan, others: Mapping[int, Sequence[wire.Rendezvous]] | None = None) -> None:
+    def open(
+        self,
+        plan: PushPlan,
+        others: Mapping[int, Sequence[wire.Rendezvous]] | None = None,
+        only: wire.StagingChoice | None = None,
+    ) -> None:
         """Open the session that was drawn, and tell the servers where to join whom.
 
-        `others`: for each server, where the ranks of `plan.senders` other than 0 wait for its ranks.
+        `others`: for each server, where the ranks of `plan.senders` other than 0 wait for its ranks. `only`: the way of
+        staging, if it has to be another one than this sender was told.
         """
         meetings = dict(others or {})
         if 0 in plan.senders:
@@ -269,7 +281,7 @@ class Fleet:
                     incarnation=self._incarnations[name],
                     plan_hash=plan.layout.plan_hash,
                     bucket_bytes=plan.layout.bucket_bytes,
-                    staging=self._wanted,
+                    staging=only or self._wanted,
                     slices=plan.slices,
                     rendezvous=tuple(meetings[rank][number] for rank in plan.senders),
                 )

@@ -42,8 +42,8 @@ class BusiestLink(BaseModel):
 class Links:
     """`trainers`, `servers`: where each rank is. `held`: bytes of the push that each trainer rank has for the senders.
 
-    `buckets`: bytes of each, in the order in which they are sent. `num_ranks`: of each server. `on_one_host`: rank 0
-    knows a server by an address that ranks of other hosts do not.
+    `buckets`: bytes of each, in the order in which they are sent. `shares`: what each server rank needs of them, from 0
+    to 1. `on_one_host`: rank 0 knows a server by an address that ranks of other hosts do not.
     """
 
     plane: PlaneName
@@ -51,7 +51,7 @@ class Links:
     servers: Sequence[Place]
     held: Sequence[int]
     buckets: Sequence[int]
-    num_ranks: Sequence[int] = ()
+    shares: Sequence[float] = ()
     on_one_host: bool = False
 
     def choose(self) -> tuple[int, ...]:
@@ -105,25 +105,20 @@ class Links:
     @property
     def holders_are_quicker(self) -> bool:
         """Whether all ranks should write what they hold, in place of those that `choose` gives: between GPUs, where
-        that is fewer bytes on the busiest link. On CPUs small pieces cost more than they save."""
+        that spares a tenth of the busiest link or more. On CPUs small pieces cost more than they save."""
         everybody = range(len(self.trainers))
         if self.plane != "same_host" or not all(place.gpu for place in (*self.trainers, *self.servers)):
             return False
-        return not self.obstacles(everybody) and self.of_holders().seconds < self.busiest(self.choose()).seconds
+        return not self.obstacles(everybody) and self.of_holders().seconds < 0.9 * self.busiest(self.choose()).seconds
 
     def of_holders(self) -> BusiestLink:
         """The busiest link where every rank writes what it holds, and all of them what is gathered whole."""
         traffic, left = _Traffic(), sum(self.buckets) - sum(self.held)
         for rank, place in enumerate(self.trainers):
             num_bytes = self.held[rank] + left // len(self.trainers)
-            for server, num_ranks in zip(self._servers, self._sizes, strict=True):
-                traffic.move(_Node(f"trainer rank {rank}", place), server, num_bytes // num_ranks)
+            for server, share in zip(self._servers, self.shares, strict=True):
+                traffic.move(_Node(f"trainer rank {rank}", place), server, round(num_bytes * share))
         return traffic.busiest()
-
-    @property
-    def _sizes(self) -> list[int]:
-        """Of every server rank, the number of ranks of its server."""
-        return [num for num in self.num_ranks for _ in range(num)]
 
     @cached_property
     def _servers(self) -> list[_Node]:

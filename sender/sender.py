@@ -86,9 +86,9 @@ class FP8Sender:
             `(1,)` or `(0, 1, 2, 3)`. `holders`, over `same_host`: every rank writes the rows that it holds straight to
             where each server rank keeps its slices of them; nothing is gathered. `auto`: of rank 0, any other rank, up
             to eight of its host or of all, and holders, those with the fewest bytes on the busiest link; holders only
-            between GPUs, to servers that stage in reserved memory, or as `staging` names. Bytes are the same whoever
-            sends. It has to be the same on every rank, and so have `servers`. Not with `push_async`,
-            `keep_snapshot` and `quorum`, nor over `memory`.
+            from FSDP2 on GPUs to servers that stage in reserved memory. Bytes are the same whoever sends. It has to be
+            the same on every rank, and so have `servers`. Not with `push_async`, `keep_snapshot` and `quorum`, nor over
+            `memory`.
         ca_file: certificates (PEM) that `https` servers are checked against, in place of the system's.
     """
 
@@ -413,6 +413,7 @@ class FP8Sender:
         report, again = "", self._fleet.leave_out_the_guilty if num_tries == 1 else None
         if self._ranks.is_leader and lead.failure is None:
             report = self._leader.report(plan, clock)
+            self._sending.note(None)
         found = lead.finish(report, self._patience_s * num_tries, self._fail, again)
         self._leader.end()
         return PushReport.model_validate_json(found)
@@ -420,6 +421,7 @@ class FP8Sender:
     def _fail(self, failure: BaseException) -> None:
         """On rank 0: tell the servers, and plan anew next time."""
         self._planned = None
+        self._sending.note(failure)
         self._leader.fail(failure)
 
     @property

@@ -36,17 +36,27 @@ from sender.rendezvous import JOIN_TIMEOUT_S
 from sender.rows_plan import held_bytes
 from sender.source import WeightSource
 from shared import protocol as wire
-from shared.errors import ConfigError, NonFiniteWeightError, TransferError
+from shared.errors import ConfigError, NonFiniteWeightError, PlanError, ReceiveError, TransferError
 from shared.place import place_of
 
 logger = logging.getLogger(__name__)
 
 OnFailure = Callable[[Exception], None]
 SendFrom = Literal["rank_0", "auto", "holders"] | tuple[int, ...]
+_OF_THE_WAY = (TransferError, ReceiveError, PlanError)  # that bytes take
 _TOLD_S = 30.0  # for what a rank has to say at once, after it has joined
 _MEETINGS = TypeAdapter(tuple[wire.Rendezvous, ...])
 _DIGESTS = TypeAdapter(dict[int, int])
 _BEGUN = TypeAdapter(tuple[int, bool])
+
+
+class _Told(BaseModel):
+    """From each rank: where it is; whether rows of the model lie on the GPU that it would write from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    place: wire.Place
+    holds_rows: bool
 
 
 class _Invitation(BaseModel):
@@ -93,6 +103,7 @@ class SendingRanks:
         on_gpu = torch.cuda.is_available()
         self._device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
         self._is_sender = False
+        self._slices_work: bool | None = None  # on rank 0, where `auto` has chosen them: None before the first push
         self.sent_by: SentBy | None = None  # on rank 0, since the plan was made
 
     @property
@@ -128,10 +139,12 @@ class SendingRanks:
         self._is_sender = False
         if not self._ranks.is_leader:
             self._fleet.half.close()
-        place = place_of(self._device)
+        here = source.sharding.locals and source.sharding.device == self._device
+        mine = _Told(place=place_of(self._device), holds_rows=bool(here))
         others = range(1, self._ranks.size)
-        places = lead.collect(place.model_dump_json(), others, self._patience_s)
-        invited = lead.run(self._invite, plan, source, [place, *map(_place, places.values())])
+        told_by_others = lead.collect(mine.model_dump_json(), others, self._patience_s)
+        everybody = [mine, *map(_Told.model_validate_json, told_by_others.values())]
+        invited = lead.run(self._invite, plan, source, everybody)
         told = _Invitation.model_validate_json(lead.finish(invited, self._patience_s, on_failure))
         plan, self.slices = replace(plan, senders=told.senders, slices=told.slices), told.slices
         self._is_sender = self._ranks.rank in told.senders
@@ -139,31 +152,42 @@ class SendingRanks:
         listens = lead.run(self._listen, told, on=self._ranks.rank) if self._sends_beside_rank_0 else None
         meetings = lead.collect(listens or "", _others(plan), self._patience_s)
         lead.run(self._open, plan, meetings)
-        lead.finish("", self._patience_s, on_failure)
+        lead.finish("", self._patience_s, on_failure, self._goes_without_slices)
         if self._is_sender or self._ranks.is_leader:
             lead.run(self._join, len(plan.senders), on=self._ranks.rank)
         self.hear_of_failures(plan, lead, JOIN_TIMEOUT_S)
-        lead.finish("", self._patience_s, on_failure)
+        lead.finish("", self._patience_s, on_failure, self._goes_without_slices)
         return plan
+
+    def _goes_without_slices(self, failure: Exception) -> bool:
+        """On rank 0: whether `auto` had chosen to let every rank write what it holds, and chooses again, others."""
+        if self._are_holders or not self.slices:
+            return False
+        logger.warning("fp8sync: what ranks hold is not written by themselves from here on: %s", failure)
+        self._slices_work = False
+        self._fleet.close_session("who sends is chosen again")
+        return True
 
     @property
     def _sends_beside_rank_0(self) -> bool:
         return self._is_sender and not self._ranks.is_leader
 
-    def _invite(self, plan: PushPlan, source: WeightSource, places: Sequence[wire.Place]) -> str:
+    def _invite(self, plan: PushPlan, source: WeightSource, told: Sequence[_Told]) -> str:
         """On rank 0: who sends. Raises: ConfigError: one that was named cannot."""
+        places = [each.place for each in told]
         links = Links(
             plane=self._plane,
             trainers=places,
             servers=self._fleet.places,
             held=held_bytes(plan.layout, source.sharding, source.cuts, self._ranks.size),
             buckets=[bucket.num_bytes for bucket in plan.layout.buckets],
-            num_ranks=self._fleet.num_ranks,
+            shares=self._fleet.shares,
             on_one_host=any(ip_address(host).is_loopback for host in self._fleet.local_hosts()),
         )
         slices, senders = self._are_holders, self.wanted
         if senders == "auto":
-            slices = self._fleet.takes_slices and links.holders_are_quicker
+            can = self._slices_work is not False and self._fleet.takes_slices and all(each.holds_rows for each in told)
+            slices = can and links.holders_are_quicker
             senders = tuple(range(self._ranks.size)) if slices else links.choose()
         if why := links.obstacles(senders):
             raise ConfigError(f"send_from={self.wanted!r}: {why}")
@@ -214,8 +238,9 @@ class SendingRanks:
         return found
 
     def _open(self, plan: PushPlan, meetings: dict[int, str]) -> None:
-        """On rank 0: the servers are told where to join whom."""
-        self._fleet.open(plan, {rank: _MEETINGS.validate_json(text) for rank, text in meetings.items()})
+        """On rank 0: the servers are told where to join whom. By choice slices are written to reserved memory only."""
+        only: wire.StagingChoice | None = "reserved" if plan.slices and not self._are_holders else None
+        self._fleet.open(plan, {rank: _MEETINGS.validate_json(text) for rank, text in meetings.items()}, only)
 
     def _join(self, num_senders: int) -> None:
         # Over `same_host` a GPU tells that a bucket is there with its next one, many turns later, while a server that
@@ -284,6 +309,11 @@ class SendingRanks:
         else:
             self._fleet.half.close()
 
+    def note(self, failure: BaseException | None) -> None:
+        """On rank 0: how a push ended. Slices that `auto` has chosen are not chosen again if they never got there."""
+        if self.slices and not self._slices_work and (failure is None or isinstance(failure, _OF_THE_WAY)):
+            self._slices_work = failure is None
+
     def close(self) -> None:
         """On another rank than 0: leave its plane."""
         self._fleet.half.close()
@@ -307,7 +337,3 @@ def _written(plan: PushPlan, held: Sequence[int]) -> dict[int, int]:
 
 def _others(plan: PushPlan) -> list[int]:
     return [rank for rank in plan.senders if rank != 0]
-
-
-def _place(text: str) -> wire.Place:
-    return wire.Place.model_validate_json(text)

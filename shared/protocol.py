@@ -254,12 +254,13 @@ class Place(WireModel):
 
 class ServerInfo(WireModel):
     """What a server says of itself. `cannot_keep`: why it would refuse a commit that lets requests go on. `places`: of
-    its ranks, in order."""
+    its ranks, in order, replica by replica."""
 
     protocol: int
     sglang_version: Word
     incarnation: Text
     num_ranks: NumRanks
+    num_replicas: NumRanks = 1
     block_size: tuple[int, int] | None
     scale_fmt: Literal["fp32", "ue8m0"]
     device: str

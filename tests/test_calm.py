@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -34,6 +35,7 @@ class Watched(FakeEngine):
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Server:
     monkeypatch.setattr(module, "_CALM_S", 0.0)
+    monkeypatch.setattr(module, "_LOOK_EVERY_S", 0.0)
     found = Server()
     found.engine = found.receiver._engine = Watched()
     return found
@@ -79,14 +81,54 @@ def test_an_idle_server_looks_once(server: Server, engine: Watched, sender: FP8S
     assert engine.looks == 1
 
 
+@pytest.mark.parametrize("wait", ["_CALM_S", "_LOOK_EVERY_S"])
 def test_it_waits_a_little_before_it_looks(
-    server: Server, engine: Watched, sender: FP8Sender, monkeypatch: pytest.MonkeyPatch
+    server: Server, engine: Watched, sender: FP8Sender, monkeypatch: pytest.MonkeyPatch, wait: str
 ) -> None:
-    monkeypatch.setattr(module, "_CALM_S", 60.0)
+    idle(server)
+    monkeypatch.setattr(module, wait, 60.0)
     engine.looks = 0
     server.receiver.busy()
     idle(server)
     assert engine.looks == 0
+
+
+def test_beside_a_push_it_looks_once(server: Server, engine: Watched, sender: FP8Sender) -> None:
+    """Whatever runs between: requests do not wait for look after look."""
+    session = server.receiver._session
+    assert session is not None
+    shut = protocol.Shut(drain_s=9.0, hold_s=9.0, in_flight="wait") if session.exclusive else None
+    server.receiver.handle(protocol.Begin(session=session.id, version=9, deadline_s=9.0, shut=shut))
+    engine.looks = 0
+    for _ in range(3):
+        assert server.receiver.is_receiving
+        idle(server)
+        server.receiver.busy()
+    assert engine.looks == 1
+
+
+def test_a_server_whose_sender_is_gone_does_not_look(server: Server, engine: Watched, sender: FP8Sender) -> None:
+    assert server.receiver._session is not None
+    server.receiver._session.lost = "its sender is gone"
+    engine.looks = 0
+    idle(server)
+    assert engine.looks == 0
+
+
+@pytest.mark.parametrize("what", ["memory_leaves", "weights_changed", "weights_lost"])
+def test_whatever_changes_weights_ends_what_was_seen(
+    server: Server, engine: Watched, sender: FP8Sender, what: str
+) -> None:
+    """At once: a message may come in the same turn."""
+    idle(server)
+    assert server.receiver._calm
+    arguments: dict[str, list[Any]] = {
+        "memory_leaves": [["weights"]],
+        "weights_changed": ["another route"],
+        "weights_lost": [],
+    }
+    getattr(server.receiver, what)(*arguments[what])
+    assert not server.receiver._calm
 
 
 def test_without_a_sender_nobody_looks(server: Server, engine: Watched) -> None:
@@ -96,8 +138,11 @@ def test_without_a_sender_nobody_looks(server: Server, engine: Watched) -> None:
 
 
 def test_what_it_finds_wrong_is_told_by_the_next_push(server: Server, engine: Watched, sender: FP8Sender) -> None:
-    engine.unsafe_reasons = ["a cache of old weights"]
-    idle(server)
+    engine.unsafe_reasons, engine.looks = ["a cache of old weights"], 0
+    for _ in range(3):
+        idle(server)
+        server.receiver.busy()
+    assert engine.looks == 1, "each look in vain is a long one"
     with pytest.raises(errors.IncompatibleServerError, match="a cache of old weights"):
         sender.push(Trainer(2))
     engine.unsafe_reasons = []

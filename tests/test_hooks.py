@@ -217,7 +217,7 @@ ALIASES = {  # how the adapter modules call SGLang's objects
     "server_args": "args",
 }
 # Looked for and done without: older releases keep the replica's number elsewhere; no queue without overlap scheduling.
-OPTIONAL = {"scheduler.ps", "scheduler.ps.dp_rank", "scheduler.result_queue"}
+OPTIONAL = {"scheduler.ps", "scheduler.ps.dp_rank", "scheduler.result_queue", "scheduler.split_prefill_batch"}
 MODULES = sorted({*(ROOT / "receiver_plugin").glob("sglang_*.py")} - {Path(sglang_surface.__file__)})
 
 

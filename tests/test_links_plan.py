@@ -29,7 +29,7 @@ def links(plane: PlaneName, trainers: Sequence[Place], servers: Sequence[Place],
     """8 GB in 64 buckets; `held`: by each trainer rank, an even share if None."""
     buckets = [GB // 8] * 64
     share = 8 * GB // len(trainers) if held is None else held
-    return Links(plane, trainers, servers, [share] * len(trainers), buckets, [len(servers)])
+    return Links(plane, trainers, servers, [share] * len(trainers), buckets, [1 / len(servers)] * len(servers))
 
 
 def test_rates_are_those_of_the_model() -> None:
@@ -55,6 +55,22 @@ def test_holders_are_taken_where_that_is_fewer_bytes_on_a_link() -> None:
     on_one = links("same_host", gpus("a", 0, 1), gpus("a", 1))  # as rank 1 alone
     assert on_one.of_holders() == on_one.busiest((1,)) and not on_one.holders_are_quicker
     assert not links("same_host", gpus("a", 0), gpus("a", 1)).holders_are_quicker
+
+
+def test_replicas_of_a_server_need_everything_each() -> None:
+    """Of a server of `--dp-size 2`, one replica beside trainer rank 1: from there all goes to the other one, too."""
+    trainers, servers = gpus("a", 0, 1), gpus("a", 1, 2)
+    found = Links("same_host", trainers, servers, [4 * GB] * 2, [GB // 8] * 64, [1.0, 1.0])
+    assert found.of_holders().num_bytes == 8 * GB == found.busiest(found.choose()).num_bytes
+    assert not found.holders_are_quicker
+
+
+@pytest.mark.parametrize("left", range(7))
+def test_a_few_bytes_are_no_reason(left: int) -> None:
+    """What is gathered whole need not divide by the ranks."""
+    share = (8 * GB - left) // 3
+    held = [share, share, 8 * GB - left - 2 * share]
+    assert not Links("same_host", gpus("a", 0, 1, 2), gpus("a", 3), held, [8 * GB], [1.0]).holders_are_quicker
 
 
 @pytest.mark.parametrize("plane", ["tcp", "gloo", "nccl"])

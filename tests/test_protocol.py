@@ -110,8 +110,8 @@ FIELDS = {
     "TensorSpec": "name shape dtype",
     "ManifestTensor": "name shape dtype quantized",
     "FP8BlockConfig": "block_size dtype scale_fmt zero_scale modules_to_not_convert",
-    "ServerInfo": "protocol sglang_version incarnation num_ranks block_size scale_fmt device compute_capability "
-    "gemm_backend moe_backend cannot_keep places",
+    "ServerInfo": "protocol sglang_version incarnation num_ranks num_replicas block_size scale_fmt device "
+    "compute_capability gemm_backend moe_backend cannot_keep places",
     "Place": "host gpu",
 }
 

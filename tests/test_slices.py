@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from receiver_plugin.probe import fingerprint
 from receiver_plugin.ranks import SingleRank
 from receiver_plugin.receiver import Receiver
 from sender import FP8Sender, sending_ranks
+from sender.slices import SliceHolder
 from shared import errors, protocol
 from shared.errors import ConfigError, TransferError
 from shared.planes import shared_memory
@@ -118,7 +120,34 @@ CHOICES: dict[str, Any] = {
     "one server": ("9", "auto", True),
     "nothing reserved": ("89", "auto", False),
     "in the KV cache": ("89", "kv_pool", True),
+    "in place": ("89", "in_place", True),
+    "refused": ("89", "auto", True),
+    "cannot land": ("89", "auto", True),
 }
+
+
+def refuse_slices(server: Server) -> None:
+    """It says that it takes them, and then does not."""
+    handle = server.control._handle
+
+    def answers(message: Any) -> Any:
+        if message.kind == "open" and message.slices:
+            assert message.staging == "reserved"
+            message = message.model_copy(update={"plan_hash": "another"})
+        return handle(message)
+
+    server.control._handle = answers
+
+
+def raise_transfer() -> None:
+    raise TransferError("memory of the server cannot be opened")
+
+
+def setattr_of(owner: type, name: str, value: Any) -> Callable[[], None]:
+    """What takes it back."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    return lambda: setattr(owner, name, before)
 
 
 def push_by_choice(rank: int) -> dict[str, Any]:
@@ -133,9 +162,15 @@ def push_by_choice(rank: int) -> dict[str, Any]:
             server.engine.memory.pool = [torch.zeros(4 << 20, dtype=torch.uint8)]
             if not reserves:
                 server.engine.memory.reserved = None
+            if case == "refused":
+                refuse_slices(server)
         urls: list[Any] = [server.control for server in servers] or [f"http://127.0.0.1:{port}" for port in gpus]
         options: Any = {"plane": "same_host", "send_from": "auto", "staging": staging, "bucket_bytes": 64 << 10}
         with FP8Sender(urls, timeout_s=20.0, **options) as sender:
+            if case == "cannot land":  # found out when something is to be written, and not tried again
+                cannot = setattr_of(SliceHolder, "pack", lambda *_: raise_transfer())
+                assert caught(sender.push, make_sharded(2, 1))["kind"] == "TransferError"
+                cannot()
             for seed in (1, 2):
                 report = sender.push(make_sharded(2, seed))
                 assert all(fingerprint(server.model) == expected(Trainer(seed)) for server in servers)
@@ -152,6 +187,9 @@ def test_auto_lets_every_rank_write_what_it_holds_where_that_spares_a_link() -> 
             "one server": (False, (0,), True),  # everything comes to its GPU, whoever sends
             "nothing reserved": (False, (0, 1), False),  # they would have to write where a server serves from
             "in the KV cache": (False, (0, 1), False),
+            "in place": (False, (0, 1), False),
+            "refused": (False, (0, 1), False),
+            "cannot land": (False, (0, 1), False),
         }
 
 
