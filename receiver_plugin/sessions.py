@@ -97,8 +97,8 @@ class Sessions:
         return self.current
 
     def obstacles(self, need: Need) -> dict[StagingWay, str]:
-        """Of a session for `need`, were it opened now: `rooms.obstacles`."""
-        return obstacles(need, self._memory, "auto", self._free(_LINGER_S))
+        """Of a session for `need`, were it opened now, and did not wait for earlier ones: `rooms.obstacles`."""
+        return obstacles(need, self._memory, "auto", self._free())
 
     def _check_quiet(self) -> None:
         """Raises: ServerBusyError: trainer ranks of an earlier session may still write to live parameters."""
