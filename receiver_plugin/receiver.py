@@ -164,7 +164,7 @@ class Receiver:
             self._calm = True
         except Exception as error:  # it would end the server
             self._looks_help = False
-            logger.warning("fp8sync: the next push will be refused, as things are: %s", error)
+            logger.warning("fp8sync: found between two messages, and told to the next push if it lasts: %s", error)
         self._looked_at = time.monotonic()
 
     def handle(self, message: Any) -> wire.Reply:
